@@ -1,0 +1,1 @@
+"""The training engine: slides in, exact end-to-end gradients out."""

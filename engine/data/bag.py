@@ -1,0 +1,49 @@
+"""Bags: the tiles of one slide that take part in one step."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.data.tiling import Tiling
+from slidescale.engine.seeding import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class Bag:
+    """K tiles of one slide, the same on every rank.
+
+    Attributes:
+        coords: int64 `[K, 2]`, level-0 (x, y) of the tiles, in reading order.
+        seed: of everything random that happens to the bag.
+    """
+
+    row: ManifestRow
+    coords: np.ndarray
+    seed: int
+
+    @property
+    def k(self) -> int:
+        """Number of tiles, over all ranks."""
+        return len(self.coords)
+
+
+def draw_bag(row: ManifestRow, tiling: Tiling, k: int | Literal["all"], *, seed: int, epoch: int) -> Bag:
+    """Sample K of a slide's tiles without repeats; a slide with no more than K gives all.
+
+    The draw depends on (seed, epoch, slide) only. Tiles stay in reading order, so that neighbours, which share
+    compressed blocks of the file, are read together.
+    """
+    bag_seed = derive_seed(seed, "bag", epoch, row.slide_id)
+    coords = tiling.coords
+    if k != "all" and k < len(coords):
+        chosen = np.random.default_rng(bag_seed).choice(len(coords), size=k, replace=False)
+        coords = coords[np.sort(chosen)]
+    return Bag(row, coords, bag_seed)
+
+
+def epoch_order(rows: list[ManifestRow], *, seed: int, epoch: int) -> list[ManifestRow]:
+    """The slides of an epoch, shuffled; depends on (seed, epoch) only."""
+    order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(len(rows))
+    return [rows[index] for index in order]

@@ -1,0 +1,181 @@
+"""The manifest: which slides there are, what they are labelled, and how they are split."""
+
+import csv
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from slidescale.engine.config import DataConfig
+from slidescale.engine.errors import ManifestError
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One slide.
+
+    Attributes:
+        label: index into the manifest's classes.
+    """
+
+    slide_id: str
+    case_id: str
+    path: Path
+    label: int
+    split: Split
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All slides of a study, checked.
+
+    Attributes:
+        classes: labels in the order of the logits.
+    """
+
+    rows: tuple[ManifestRow, ...]
+    classes: tuple[str, ...]
+
+    def split(self, name: Split) -> list[ManifestRow]:
+        """The rows of one split, in the manifest's order."""
+        return [row for row in self.rows if row.split == name]
+
+
+def read_manifest(path: Path, config: DataConfig) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        ManifestError: lists every problem of the file, each with its row (the header is row 1).
+    """
+    records = _read_records(path, config)
+    problems = [*_missing_cells(records, config), *_repeated_slides(records, config), *_mixed_cases(records, config)]
+    problems += _bad_splits(records, config)
+    classes, label_problems = _classes(records, config)
+    problems += label_problems
+    rows = []
+    for number, record in records:
+        file = path.parent / record[config.path_column]
+        if record[config.path_column] and not file.is_file():
+            problems.append((number, f"no file {file}"))
+        rows.append((record, file))
+    if problems:
+        lines = "\n".join(f"  row {number}: {text}" if number else f"  {text}" for number, text in sorted(problems))
+        raise ManifestError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+    return Manifest(
+        rows=tuple(
+            ManifestRow(
+                slide_id=record[config.slide_column],
+                case_id=record[config.case_column],
+                path=file,
+                label=classes.index(record[config.label_column]),
+                split=record[config.split_column],  # type: ignore[arg-type]  # checked by _bad_splits
+            )
+            for record, file in rows
+        ),
+        classes=classes,
+    )
+
+
+Record = tuple[int, dict[str, str]]
+Problem = tuple[int, str]
+
+
+def _read_records(path: Path, config: DataConfig) -> list[Record]:
+    """(row number, cells) of each row, after checking that the file has the columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            found = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = found
+            records = [
+                (reader.line_num, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
+                for row in reader
+            ]
+    except OSError as error:
+        raise ManifestError(f"cannot read the manifest {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    missing = [
+        f"no column {name!r} (--data.{option.replace('_', '-')})" + _near(name, found)
+        for option, name in _columns(config).items()
+        if name not in found
+    ]
+    if missing:
+        raise ManifestError(f"{path}: " + "; ".join(missing) + f". It has: {', '.join(found) or 'nothing'}")
+    if not records:
+        raise ManifestError(f"{path} has a header and no rows")
+    return records
+
+
+def _columns(config: DataConfig) -> dict[str, str]:
+    names = ("slide_column", "case_column", "path_column", "label_column", "split_column")
+    return {name: getattr(config, name) for name in names}
+
+
+def _near(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _missing_cells(records: list[Record], config: DataConfig) -> list[Problem]:
+    return [(n, f"{name} is empty") for n, row in records for name in _columns(config).values() if not row[name]]
+
+
+def _repeated_slides(records: list[Record], config: DataConfig) -> list[Problem]:
+    first: dict[str, int] = {}
+    problems = []
+    for number, record in records:
+        slide_id = record[config.slide_column]
+        if slide_id and first.setdefault(slide_id, number) != number:
+            problems.append((number, f"slide_id {slide_id!r} already stands in row {first[slide_id]}"))
+    return problems
+
+
+def _mixed_cases(records: list[Record], config: DataConfig) -> list[Problem]:
+    """Patients whose slides are in two splits: a model would be tested on patients it has learnt."""
+    first: dict[str, tuple[int, str]] = {}
+    problems = []
+    for number, record in records:
+        case, split = record[config.case_column], record[config.split_column]
+        if not case or not split:
+            continue
+        where, other = first.setdefault(case, (number, split))
+        if other != split:
+            problems.append((number, f"case {case!r} is in split {split!r}, and in {other!r} in row {where}"))
+    return problems
+
+
+def _bad_splits(records: list[Record], config: DataConfig) -> list[Problem]:
+    splits = get_args(Split)
+    cells = [(number, record[config.split_column]) for number, record in records]
+    problems = [
+        (number, f"unknown split {cell!r}; use {', '.join(splits)}" + _near(cell, splits))
+        for number, cell in cells
+        if cell and cell not in splits
+    ]
+    if all(cell != "train" for _, cell in cells):
+        problems.append((0, "no row is in split 'train'"))
+    return problems
+
+
+def _classes(records: list[Record], config: DataConfig) -> tuple[tuple[str, ...], list[Problem]]:
+    """The classes, and the rows whose label is none of them."""
+    labels = [(number, record[config.label_column], record[config.split_column]) for number, record in records]
+    in_train = Counter(label for _, label, split in labels if split == "train" and label)
+    classes = config.classes or tuple(sorted(in_train))
+    source = "data.classes" if config.classes else "the labels of the train split"
+    problems: list[Problem] = [
+        (number, f"label {label!r} is not among {source}: {', '.join(classes)}" + _near(label, classes))
+        for number, label, _ in labels
+        if label and label not in classes
+    ]
+    absent = [name for name in classes if name not in in_train]
+    if absent and in_train:
+        problems.append((0, f"no train slide has label {', '.join(map(repr, absent))}"))
+    if len(classes) < 2 and in_train:
+        problems.append((0, f"all train slides have one label, {classes[0]!r}; there is nothing to tell apart"))
+    return classes, problems

@@ -1,0 +1,125 @@
+"""Background reading: the next tiles are decoded while the present ones are computed on."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.tiling import TileSpec
+from slidescale.engine.errors import SlideError
+
+
+@dataclass(frozen=True, eq=False)
+class TileRequest:
+    """Tiles of one slide that this rank wants: `coords` is int64 `[n, 2]`, level-0 (x, y)."""
+
+    path: Path
+    coords: np.ndarray
+
+
+class Reading:
+    """A request under way.
+
+    Attributes:
+        tiles: uint8 `[n, tile_px, tile_px, 3]`; its content is not defined before `wait` has returned.
+    """
+
+    def __init__(self, tiles: Tensor, parts: list[Future[None]]) -> None:
+        self.tiles = tiles
+        self._parts = parts
+
+    def wait(self) -> Tensor:
+        """The tiles, once they are all there.
+
+        Raises:
+            SlideError: the slide could not be opened or read.
+        """
+        for part in self._parts:
+            part.result()
+        return self.tiles
+
+    def cancel(self) -> None:
+        """Give up what has not begun."""
+        for part in self._parts:
+            part.cancel()
+
+
+class TileReader:
+    """Reads tiles with a pool of threads (OpenSlide leaves Python's lock while it decodes).
+
+    Each thread keeps its last slide open, for the next request is often of the same slide, and no more than one,
+    for an open slide holds tens of MiB.
+
+    Args:
+        threads: number of reader threads.
+        pin: allocate page-locked memory, from which copies to a GPU run in the background.
+    """
+
+    def __init__(self, spec: TileSpec, *, threads: int, pin: bool) -> None:
+        self._spec = spec
+        self._threads = threads
+        self._pin = pin
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tile-reader")
+        self._mine = threading.local()
+
+    def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
+        """Answer requests in order, with up to `depth` more of them under way than the one handed out."""
+        under_way: deque[Reading] = deque()
+        try:
+            for request in requests:
+                under_way.append(self._start(request))
+                if len(under_way) > depth:
+                    yield under_way.popleft()
+            while under_way:
+                yield under_way.popleft()
+        finally:
+            for reading in under_way:
+                reading.cancel()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _start(self, request: TileRequest) -> Reading:
+        side = self._spec.tile_px
+        tiles = torch.empty((len(request.coords), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
+        # Contiguous parts, so that a thread meets neighbouring tiles and reuses what OpenSlide has just decoded.
+        parts = np.array_split(np.arange(len(tiles)), self._threads)
+        return Reading(
+            tiles,
+            [
+                self._pool.submit(self._read, request.path, request.coords[part], tiles.numpy()[part[0] : part[-1] + 1])
+                for part in parts
+                if len(part)
+            ],
+        )
+
+    def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
+        size = (self._spec.tile_px, self._spec.tile_px)
+        try:
+            slide = self._open(path)
+            for tile, (x, y) in zip(out, coords, strict=True):
+                tile[:] = slide.read(int(x), int(y), size, self._spec.mpp_um)
+        except SlideError:
+            self._close_mine()  # OpenSlide never recovers from an error
+            raise
+
+    def _open(self, path: Path) -> Slide:
+        slide: Slide | None = getattr(self._mine, "slide", None)
+        if slide is None or slide.path != path:
+            self._close_mine()
+            slide = self._mine.slide = Slide(path, default_mpp_um=self._spec.default_mpp_um)
+        return slide
+
+    def _close_mine(self) -> None:
+        slide: Slide | None = getattr(self._mine, "slide", None)
+        if slide is not None:
+            slide.close()
+            self._mine.slide = None

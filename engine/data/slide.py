@@ -1,0 +1,113 @@
+"""Slide files: the only place that knows OpenSlide."""
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from slidescale.engine.errors import SlideError
+
+# How far the levels of a pyramid may miss a wanted resolution, and still be taken as they are or enlarged to it.
+RESOLUTION_TOLERANCE = 0.02
+
+
+class Slide:
+    """An open whole-slide image.
+
+    Safe to read from several threads. After a failed read OpenSlide refuses every further one, so a slide that
+    raised must be opened anew.
+
+    Args:
+        default_mpp_um: level-0 resolution in µm a pixel for a file that states none.
+
+    Attributes:
+        mpp_um: level-0 resolution, µm a pixel.
+        width, height: level-0 size in pixels.
+
+    Raises:
+        SlideError: not readable as a slide, or of unknown resolution.
+    """
+
+    def __init__(self, path: Path, *, default_mpp_um: float | None = None) -> None:
+        self.path = path
+        try:
+            self._file = openslide.OpenSlide(path)
+        except (openslide.OpenSlideError, OSError) as error:
+            raise SlideError(f"cannot open {path}: {error}") from None
+        self.width, self.height = self._file.dimensions
+        try:
+            self.mpp_um = _resolution(self._file, default_mpp_um)
+        except SlideError as error:
+            self.close()
+            raise SlideError(f"{path}: {error}") from None
+
+    def read(self, x: int, y: int, size_px: tuple[int, int], mpp_um: float) -> np.ndarray:
+        """Read a region at a resolution.
+
+        Args:
+            x, y: top left corner, in level-0 pixels.
+            size_px: (width, height) of the result, in pixels at `mpp_um`.
+            mpp_um: resolution of the result, µm a pixel.
+
+        Returns:
+            uint8 `[height, width, 3]`, RGB; parts without data have the slide's background colour.
+
+        Raises:
+            SlideError: the file is damaged here, or coarser than `mpp_um`.
+        """
+        downsample = mpp_um / self.mpp_um
+        if downsample < 1 - RESOLUTION_TOLERANCE:
+            raise SlideError(f"{self.path}: has {self.mpp_um:.3g} µm/px, coarser than the {mpp_um:.3g} µm/px wanted")
+        level = self._file.get_best_level_for_downsample(downsample * (1 + RESOLUTION_TOLERANCE))
+        remainder = downsample / self._file.level_downsamples[level]
+        stored_px = (max(1, round(size_px[0] * remainder)), max(1, round(size_px[1] * remainder)))
+        try:
+            region = self._file.read_region((x, y), level, stored_px)
+        except openslide.OpenSlideError as error:
+            raise SlideError(f"{self.path}: cannot read at ({x}, {y}): {error}") from None
+        image = self._flatten(region)
+        if stored_px != size_px:
+            # Pillow's bilinear filter widens with the reduction, so it averages and does not alias.
+            image = image.resize(size_px, Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    def overview(self, max_px: int) -> np.ndarray:
+        """The whole slide, uint8 `[h, w, 3]`, its longer side at most `max_px`."""
+        try:
+            return np.asarray(self._file.get_thumbnail((max_px, max_px)).convert("RGB"))
+        except openslide.OpenSlideError as error:
+            raise SlideError(f"{self.path}: cannot read an overview: {error}") from None
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _flatten(self, region: Image.Image) -> Image.Image:
+        """RGBA to RGB; most tiles are opaque, which is a cheap look at their alpha band."""
+        if region.getextrema()[3] == (255, 255):
+            return region.convert("RGB")
+        colour = self._file.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        image = Image.new("RGB", region.size, f"#{colour}")
+        image.paste(region, mask=region.getchannel("A"))
+        return image
+
+
+def _resolution(file: openslide.OpenSlide, default_mpp_um: float | None) -> float:
+    """Level-0 µm a pixel: the mean of both axes, which must nearly agree, since tiles are square."""
+    stated = [file.properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
+    known = [float(value) for value in stated if value is not None]
+    if not known:
+        if default_mpp_um is None:
+            raise SlideError("states no resolution (openslide.mpp-x); give it with --data.default-mpp-um")
+        return default_mpp_um
+    if min(known) <= 0 or max(known) > min(known) * (1 + RESOLUTION_TOLERANCE):
+        raise SlideError(f"states an impossible resolution: {' × '.join(map(str, known))} µm/px")
+    return sum(known) / len(known)

@@ -1,0 +1,21 @@
+"""Errors that are the input's, not the program's: shown to the user as a message, without a traceback."""
+
+
+class UserError(Exception):
+    """Something in the settings, the manifest, the slides or the run needs the user's attention."""
+
+
+class ConfigError(UserError):
+    """A setting, or a combination of settings, that cannot be run."""
+
+
+class ManifestError(UserError):
+    """A manifest that cannot be trained on; the message lists every problem with its row."""
+
+
+class SlideError(UserError):
+    """A slide that cannot be used; the run sets it aside and goes on."""
+
+
+class TrainingError(UserError):
+    """A run that must stop, e.g. because a loss is not finite."""

@@ -1,0 +1,1 @@
+"""How encoder activations are kept from growing with K."""

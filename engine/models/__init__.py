@@ -1,0 +1,1 @@
+"""Tile encoders, aggregators, and the slide model that joins them."""

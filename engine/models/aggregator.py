@@ -1,0 +1,128 @@
+"""Aggregators: from the features of a slide's tiles, spread over ranks, to the slide's logits."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.kernels.gated_attention import Partial, gated_scores, pool_partial
+
+PoolingName = Literal["gated_attention", "mean", "max"]
+
+
+class Pooled(NamedTuple):
+    """What a pooling returns.
+
+    Attributes:
+        features: `[D]`, of the whole slide, equal on every rank of the tile group.
+        weights: `[K_local]`, the share of each of this rank's tiles in it, detached; they sum to 1 over the group.
+    """
+
+    features: Tensor
+    weights: Tensor
+
+
+class GatedAttentionPooling(nn.Module):
+    """Attention-weighted mean of tiles (ABMIL: Ilse et al. 2018, eq. 8 and 9; the pooling of GMA)."""
+
+    def __init__(self, dim: int, attention_dim: int) -> None:
+        super().__init__()
+        # Its own parameters and not three Linear modules: ZeRO-3 gathers a module's own parameters around its
+        # forward, and a kernel wants the tensors.
+        self.v_weight, self.v_bias = _linear_parameters(dim, attention_dim)
+        self.u_weight, self.u_bias = _linear_parameters(dim, attention_dim)
+        self.w_weight, self.w_bias = _linear_parameters(attention_dim, 1)
+
+    def forward(self, features: Tensor, group: TileGroup) -> Pooled:
+        """Pool `[K_local, D]` over the tile group."""
+        v, u, w = (self.v_weight, self.v_bias), (self.u_weight, self.u_bias), (self.w_weight, self.w_bias)
+        scores = gated_scores(features, *v, *u, *w)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        partial = pool_partial(scores, features)
+        return Pooled(group.merge(partial), _softmax_over_group(scores.detach(), partial, group))
+
+
+class MeanPooling(nn.Module):
+    """Mean over tiles: attention pooling with equal scores."""
+
+    def forward(self, features: Tensor, group: TileGroup) -> Pooled:
+        """Pool `[K_local, D]` over the tile group."""
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        scores = features.new_zeros(len(features))
+        partial = pool_partial(scores, features)
+        return Pooled(group.merge(partial), _softmax_over_group(scores, partial, group))
+
+
+class MaxPooling(nn.Module):
+    """Maximum over tiles, a feature at a time; tied tiles share the gradient, as in `torch.amax`."""
+
+    def forward(self, features: Tensor, group: TileGroup) -> Pooled:
+        """Pool `[K_local, D]` over the tile group."""
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        lowest = features.new_full((1, features.shape[1]), -torch.inf)
+        largest = group.max(torch.cat([features.detach(), lowest]).amax(dim=0))
+        holds_max = (features.detach() == largest).to(features.dtype)
+        ties = group.sum(holds_max.sum(dim=0))
+        # where, not a product: 0 · inf would poison features that do not hold the maximum.
+        pooled = group.sum(torch.where(holds_max.bool(), features, 0).sum(dim=0)) / ties
+        return Pooled(pooled, (holds_max / ties).mean(dim=1))
+
+
+class Aggregator(nn.Module):
+    """Projection, pooling, classifier, in the arrangement of GMA (Campanella et al. 2024).
+
+    The projection is two Linear-ReLU-Dropout layers a tile; the classifier, one linear layer a slide, is
+    replicated and sees the same pooled features on every rank.
+
+    Args:
+        dim: D, of the encoder's features.
+        classes: number of logits.
+        pooling: "gated_attention", "mean" or "max".
+        hidden_dim: width of the projection.
+        attention_dim: L, width of the attention gate (gated attention only).
+        dropout: probability, after each projection layer.
+    """
+
+    def __init__(
+        self, dim: int, classes: int, *, pooling: PoolingName, hidden_dim: int, attention_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(
+            nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
+        )  # fmt: skip
+        self.pooling = _make_pooling(pooling, hidden_dim, attention_dim)
+        self.classifier = nn.Linear(hidden_dim, classes)
+
+    def forward(self, features: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
+        """Aggregate the features `[K_local, D]` of a tile group.
+
+        Returns:
+            logits `[classes]`, equal on every rank, and tile weights `[K_local]` (see `Pooled.weights`).
+        """
+        pooled = self.pooling(self.projection(features), group)
+        return self.classifier(pooled.features), pooled.weights
+
+
+def _make_pooling(name: PoolingName, dim: int, attention_dim: int) -> nn.Module:
+    match name:
+        case "gated_attention":
+            return GatedAttentionPooling(dim, attention_dim)
+        case "mean":
+            return MeanPooling()
+        case "max":
+            return MaxPooling()
+
+
+def _linear_parameters(in_dim: int, out_dim: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias with the initial values of nn.Linear."""
+    layer = nn.Linear(in_dim, out_dim)
+    return layer.weight, layer.bias
+
+
+def _softmax_over_group(scores: Tensor, partial: Partial, group: TileGroup) -> Tensor:
+    """Softmax of `[K_local]` scores over all the group's tiles, detached."""
+    largest = group.max(partial.m)
+    total = group.sum(partial.l.detach() * torch.exp(partial.m - largest))
+    return torch.exp(scores - largest) / total

@@ -1,0 +1,114 @@
+"""Tile encoders: any timm model, from uint8 tiles to one feature vector a tile."""
+
+import difflib
+import logging
+from math import gcd
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slidescale.engine.errors import ConfigError
+from slidescale.kernels.tile_prep import prepare_tiles
+
+log = logging.getLogger(__name__)
+
+
+class Encoder(nn.Module):
+    """A timm model that maps tiles uint8 `[n, H, W, 3]` to features `[n, D]`.
+
+    Its BatchNorm layers stay in evaluation mode whatever mode the model is in: batch statistics would depend on
+    how a slide is cut into chunks and would be updated twice by the two passes. Their scale and shift train.
+
+    Args:
+        name: a timm model name, e.g. "resnet50_gn" or "hf-hub:owner/model".
+        tile_px: side of a tile in pixels; a model of fixed input size is built for it.
+        pretrained: load timm's published weights (from the hub or the local hub cache).
+        weights: a local state dict (.pth, .safetensors) to load instead.
+        group_norm: replace BatchNorm by GroupNorm, for training from random weights.
+
+    Raises:
+        ConfigError: unknown name (with near matches), or settings that exclude each other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        tile_px: int,
+        pretrained: bool = False,
+        weights: Path | None = None,
+        group_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if group_norm and (pretrained or weights):
+            raise ConfigError("model.group_norm discards trained normalisation layers: leave out the weights or it")
+        self.backbone = _create(name, tile_px, pretrained=pretrained, weights=weights)
+        if group_norm:
+            _replace_batch_norm(self.backbone)
+        frozen = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+        if frozen and not (pretrained or weights):
+            log.warning(
+                "%s has %d BatchNorm layers whose statistics stay at their random initial weights' and will hardly "
+                "learn: use --model.group-norm, pretrained weights, or an encoder without BatchNorm",
+                name,
+                len(frozen),
+            )
+        self.dim: int = self.backbone.num_features
+        if isinstance(head_size := getattr(self.backbone, "head_hidden_size", None), int):
+            self.dim = head_size
+        data_config = timm.data.resolve_model_data_config(self.backbone)
+        self.register_buffer("mean", torch.tensor(data_config["mean"]), persistent=False)
+        self.register_buffer("std", torch.tensor(data_config["std"]), persistent=False)
+        self.train()
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """uint8 `[n, H, W, 3]` to features `[n, D]`."""
+        return self.backbone(prepare_tiles(tiles, self.mean, self.std))
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set training or evaluation mode; BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) -> nn.Module:
+    """Build the timm model without its classifier."""
+    is_hub_name = ":" in name
+    if not is_hub_name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    if pretrained and weights:
+        raise ConfigError(f"model.pretrained and model.weights={weights} both name weights: choose one")
+    if weights and not weights.is_file():
+        raise ConfigError(f"model.weights: no file {weights}")
+    options: dict = {"num_classes": 0, "pretrained": pretrained}
+    if weights:
+        # timm then resizes and filters these exactly as it does the published ones.
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
+    if not is_hub_name:
+        published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        if published is not None and published.fixed_input_size:
+            options["img_size"] = tile_px
+    return timm.create_model(name, **options)
+
+
+def _replace_batch_norm(backbone: nn.Module) -> None:
+    """Swap each BatchNorm layer for a GroupNorm of the same scale and shift."""
+    for parent in list(backbone.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, nn.BatchNorm2d):
+                continue
+            channels = layer.num_features
+            norm = nn.GroupNorm(gcd(32, channels), channels, eps=layer.eps)
+            norm.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
+            if isinstance(layer, BatchNormAct2d):
+                setattr(parent, name, nn.Sequential(norm, layer.drop, layer.act))
+            else:
+                setattr(parent, name, norm)

@@ -1,0 +1,1 @@
+"""How a slide's tiles and the model's state are spread over ranks."""

@@ -1,0 +1,58 @@
+"""Starting up: which ranks there are, and which device each computes on."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from slidescale.engine.errors import ConfigError
+from slidescale.engine.parallel.tile_parallel import TileGroup
+
+# Ranks wait for each other while one searches a large slide for tissue or writes a checkpoint. A rank that has died
+# is noticed at once, by its closed connection; this ends only a world in which one hangs.
+PATIENCE = timedelta(minutes=30)
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for the world; known before the world has started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This rank's GPU where there are GPUs, else the CPU, of which local ranks get equal parts.
+
+    Raises:
+        ConfigError: more ranks on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_world(device: torch.device) -> TileGroup:
+    """Meet the other ranks that the launcher started (or be the only one); all of them share each slide."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Tensors on a GPU travel by NCCL; Python objects, and everything on a CPU machine, by gloo.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    return TileGroup(dist.get_rank(), dist.get_world_size())
+
+
+def stop_world() -> None:
+    """Leave the other ranks in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

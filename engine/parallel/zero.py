@@ -1,0 +1,107 @@
+"""DeepSpeed ZeRO: the only file that imports DeepSpeed.
+
+What its engine does under many backwards a step was measured, not assumed, and `tests/test_equivalence.py` pins it:
+stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from slidescale.engine.errors import UserError
+from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.strategy import Strategy, check_gradient_norm
+
+# DeepSpeed tells of its every stage on every rank, and calls functions that PyTorch has renamed.
+deepspeed_logger.setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+class ZeroStrategy(Strategy):
+    """DeepSpeed's engine, ZeRO stage 0 to 3 as its configuration says.
+
+    Args:
+        ds_config: a complete DeepSpeed configuration (no "auto" left).
+        parameter_groups: as torch optimizers take them.
+        optimizer: over these groups, for a configuration that names none.
+        scheduler: makes a schedule for an optimizer, for a configuration that names none.
+    """
+
+    def __init__(
+        self,
+        model: SlideModel,
+        parameter_groups: list[dict[str, Any]],
+        optimizer: Optimizer | None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        *,
+        ds_config: dict[str, Any],
+    ) -> None:
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=ds_config,
+            dist_init_required=False,
+        )
+        self.model = model
+        self.device = torch.device(engine.device)
+        self._engine = engine
+        self._stage = int(engine.zero_optimization_stage())
+        self.name = f"zero{self._stage}"
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Keep a step's gradients local and reduce them once, at the end."""
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                yield
+            return
+        # Stage 0 has no coalescing; withholding the accumulation boundary withholds its reduction.
+        self._engine.set_gradient_accumulation_boundary(False)
+        yield
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed's backward, which its stages 0 to 3 all support; the step is one slide, so no rescaling."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """DeepSpeed's step: clips by `gradient_clipping`, steps, advances its scheduler, clears the gradients."""
+        if self._stage == 0:
+            # DeepSpeed computes no norm here, and its gradients are whole and equal on every rank.
+            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            check_gradient_norm(norm)
+            self._engine.step()
+            return norm
+        # Stages 1 to 3 skip the update themselves when the norm is not finite, and report it as infinite.
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        check_gradient_norm(norm)
+        return norm
+
+    def learning_rate(self) -> float:
+        """Of the first parameter group."""
+        return self._engine.get_lr()[0]
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's sharded checkpoint."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read DeepSpeed's sharded checkpoint."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
