@@ -1,5 +1,7 @@
 """Packaging of slidescale: `engine/` and `kernels/` install as `slidescale.engine` and `slidescale.kernels`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # The folders keep short names at the top level; the import name carries the project's, because an
@@ -14,7 +16,7 @@ setup(
     name="slidescale",
     version="0.1.0",
     description="Train a tile encoder and a slide aggregator end to end on every tile of a whole-slide image",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

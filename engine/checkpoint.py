@@ -74,9 +74,7 @@ class Checkpoints:
         folder = (self.folder / name).resolve()
         content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         if content["written_by"] != self._written_by:
-            then, now = (
-                "{strategy} on {ranks} ranks".format(**by) for by in (content["written_by"], self._written_by)
-            )
+            then, now = ("{strategy} on {ranks} ranks".format(**by) for by in (content["written_by"], self._written_by))
             raise UserError(f"{folder} was written by {then}, and this run is {now}: resume with the same")
         strategy.load(folder)
         progress = content["progress"]

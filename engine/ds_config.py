@@ -86,7 +86,7 @@ def complete_ds_config(content: dict[str, Any], config: Config, schedule: Schedu
         problems.append("zero_optimization.compute_grad_norm must stay on: a step whose norm is not finite is refused")
     problems += [f'{key} is "auto", and the recipe has no value for it' for key in _autos(ds)]
     if problems:
-        raise ConfigError("ds.json and the recipe disagree; change one, or write \"auto\":\n  " + "\n  ".join(problems))
+        raise ConfigError('ds.json and the recipe disagree; change one, or write "auto":\n  ' + "\n  ".join(problems))
     return ds
 
 

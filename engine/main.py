@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,12 @@ def run(config: Config) -> Path:
     ds_content = _read_ds_config(config)
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
-    group = start_world(device)
+    group = start_world(device) if ds_content is not None else TileGroup()
     manifest = manifest or _demo_manifest(config, group)
     folder = _open_run_folder(config, group)
-    log.info("run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, group.size, device.type, config.run.out)
+    log.info(
+        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, group.size, device.type, config.run.out
+    )
 
     cohort = Cohort(
         manifest, group, max_excluded=config.data.max_excluded, excluded_csv=folder / "excluded.csv"
@@ -147,15 +150,19 @@ def _make_strategy(
     model: SlideModel, config: Config, schedule: Schedule, ds_config: dict[str, Any] | None, device: torch.device
 ) -> Strategy:
     groups = parameter_groups(model, config.optim.weight_decay)
+    schedule_for = partial(make_scheduler, config=config.optim, schedule=schedule)
     if ds_config is None:
         optimizer = make_optimizer(groups, config.optim)
-        scheduler = make_scheduler(optimizer, config.optim, schedule)
-        return SingleStrategy(model, optimizer, scheduler, device=device, clip=config.optim.clip)
+        return SingleStrategy(model, optimizer, schedule_for(optimizer), device=device, clip=config.optim.clip)
     from slidescale.engine.parallel.zero import ZeroStrategy  # DeepSpeed takes seconds to import
 
-    optimizer = None if "optimizer" in ds_config else make_optimizer(groups, config.optim)
-    scheduler = None if "scheduler" in ds_config else (lambda opt: make_scheduler(opt, config.optim, schedule))
-    return ZeroStrategy(model, groups, optimizer, scheduler, ds_config=ds_config)
+    return ZeroStrategy(
+        model,
+        groups,
+        None if "optimizer" in ds_config else make_optimizer(groups, config.optim),
+        None if "scheduler" in ds_config else schedule_for,
+        ds_config=ds_config,
+    )
 
 
 def _read_ds_config(config: Config) -> dict[str, Any] | None:
@@ -180,7 +187,8 @@ def _demo_manifest(config: Config, group: TileGroup) -> Manifest:
     )  # fmt: skip
     if group.rank == 0:
         begin = time.perf_counter()
-        write_demo_cohort(folder, slides=data.demo_slides, classes=data.classes)
+        negative, positive = data.classes
+        write_demo_cohort(folder, slides=data.demo_slides, classes=(negative, positive))
         log.info("demo cohort ready (%.0f s)", time.perf_counter() - begin)
     group.barrier()
     return read_manifest(folder / "manifest.csv", data)

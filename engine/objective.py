@@ -16,6 +16,7 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, class_weights: Sequence[float], classes: int) -> None:
         super().__init__()
+        self.class_weights: Tensor
         self.register_buffer("class_weights", torch.tensor(class_weights or [1.0] * classes))
 
     def forward(self, logits: Tensor, label: int) -> Tensor:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slidescale.engine.data.manifest import Manifest, ManifestRow, Split
-from slidescale.engine.data.tiling import Tiling, TileSpec, cached_tiling
+from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, UserError
 from slidescale.engine.parallel.tile_parallel import TileGroup
 

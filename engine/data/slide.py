@@ -92,7 +92,7 @@ class Slide:
 
     def _flatten(self, region: Image.Image) -> Image.Image:
         """RGBA to RGB; most tiles are opaque, which is a cheap look at their alpha band."""
-        if region.getextrema()[3] == (255, 255):
+        if region.getchannel("A").getextrema() == (255, 255):
             return region.convert("RGB")
         colour = self._file.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         image = Image.new("RGB", region.size, f"#{colour}")

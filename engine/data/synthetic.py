@@ -279,9 +279,7 @@ def _tissue(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
     return _soft_step(level - np.quantile(level, 1 - share), 0.01).astype(np.float32)
 
 
-def _place_discs(
-    rng: np.random.Generator, room: np.ndarray, area: float, radius_px: tuple[float, float]
-) -> np.ndarray:
+def _place_discs(rng: np.random.Generator, room: np.ndarray, area: float, radius_px: tuple[float, float]) -> np.ndarray:
     """Throw discs where they fit until they cover `area` points; lower `room` in place.
 
     Returns float [n, 3]: row, column and radius, all in grid points.
@@ -366,9 +364,7 @@ def _fibroblasts(rng: np.random.Generator, free: np.ndarray, direction: np.ndarr
     return FIBROBLAST, row, col, _at(direction, row, col) + rng.normal(0, 0.25, len(row))
 
 
-def _epithelium(
-    rng: np.random.Generator, glands_px: np.ndarray, lumens: np.ndarray, wobble: np.ndarray
-) -> Population:
+def _epithelium(rng: np.random.Generator, glands_px: np.ndarray, lumens: np.ndarray, wobble: np.ndarray) -> Population:
     """Rings of nuclei with the long axis towards the lumen; glands whose lumen is 0 are filled."""
     points = [np.empty((3, 0))]
     for (row, col, radius), lumen in zip(glands_px, lumens, strict=True):
@@ -394,9 +390,7 @@ def _focus_nuclei(rng: np.random.Generator, inside: np.ndarray, kind: Nucleus) -
     return populations
 
 
-def _draw_nuclei(
-    rng: np.random.Generator, field: np.ndarray, population: Population, chromatin: np.ndarray
-) -> None:
+def _draw_nuclei(rng: np.random.Generator, field: np.ndarray, population: Population, chromatin: np.ndarray) -> None:
     """Raise `field` (haematoxylin, float32 [height, width]) in place to the density of the nuclei.
 
     `chromatin` is a texture of the same shape. Below, b is the side of a box around a nucleus, and arrays

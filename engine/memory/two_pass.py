@@ -56,13 +56,14 @@ def encode(model: SlideModel, chunks: Chunks) -> Tensor:
         return torch.cat([_encode_chunk(model, chunks, rows) for rows in chunks.rows()])
 
 
-def backpropagate(model: SlideModel, chunks: Chunks, gradient: Tensor, backward: Backward) -> None:
+def backpropagate(model: SlideModel, chunks: Chunks, gradient: Tensor | None, backward: Backward) -> None:
     """Pass 2: add to the encoder's parameters the gradient that flows through every tile of this rank.
 
     Args:
         gradient: ∂L/∂h, `[K_local, D]`.
         backward: takes a scalar whose gradient is wanted; it is given Σ h · ∂L/∂h of one chunk at a time.
     """
+    assert gradient is not None, "the aggregator's backward must come first"
     for rows in chunks.rows():
         # For a padding chunk both factors are empty: the sum is a zero that still reaches every parameter.
         backward((_encode_chunk(model, chunks, rows) * gradient[rows]).sum())

@@ -118,7 +118,7 @@ def _make_pooling(name: PoolingName, dim: int, attention_dim: int) -> nn.Module:
 def _linear_parameters(in_dim: int, out_dim: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias with the initial values of nn.Linear."""
     layer = nn.Linear(in_dim, out_dim)
-    return layer.weight, layer.bias
+    return nn.Parameter(layer.weight), nn.Parameter(layer.bias)
 
 
 def _softmax_over_group(scores: Tensor, partial: Partial, group: TileGroup) -> Tensor:

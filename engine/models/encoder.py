@@ -4,6 +4,7 @@ import difflib
 import logging
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,9 +45,12 @@ class Encoder(nn.Module):
         group_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         if group_norm and (pretrained or weights):
             raise ConfigError("model.group_norm discards trained normalisation layers: leave out the weights or it")
-        self.backbone = _create(name, tile_px, pretrained=pretrained, weights=weights)
+        backbone = _create(name, tile_px, pretrained=pretrained, weights=weights)
+        self.backbone: nn.Module = backbone
         if group_norm:
             _replace_batch_norm(self.backbone)
         frozen = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
@@ -57,9 +61,8 @@ class Encoder(nn.Module):
                 name,
                 len(frozen),
             )
-        self.dim: int = self.backbone.num_features
-        if isinstance(head_size := getattr(self.backbone, "head_hidden_size", None), int):
-            self.dim = head_size
+        # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
+        self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(data_config["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(data_config["std"]), persistent=False)
@@ -78,7 +81,7 @@ class Encoder(nn.Module):
         return self
 
 
-def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) -> nn.Module:
+def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) -> Any:
     """Build the timm model without its classifier."""
     is_hub_name = ":" in name
     if not is_hub_name and not timm.is_model(name.split(".")[0]):

@@ -28,8 +28,9 @@ def pick_device(local_rank: int) -> torch.device:
     """
     if not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            # torchrun and DeepSpeed's launcher call the number of ranks on this machine differently.
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")

