@@ -174,12 +174,6 @@ class Config:
     local_rank: int = -1
     """Given by the launcher; not for you to set."""
 
-    def __post_init__(self) -> None:
-        """Refuse settings that contradict each other."""
-        weights, classes = self.optim.class_weights, self.data.classes
-        if weights and classes and len(weights) != len(classes):
-            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} data.classes")
-
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON can hold them."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))

@@ -79,6 +79,9 @@ def run(config: Config) -> Path:
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
     group = start_world(device) if ds_content is not None else TileGroup()
     manifest = manifest or _demo_manifest(config, group)
+    weights, classes = config.optim.class_weights, manifest.classes
+    if weights and len(weights) != len(classes):
+        raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
     folder = _open_run_folder(config, group)
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, group.size, device.type, config.run.out

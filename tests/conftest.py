@@ -8,12 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from slidescale.engine.data.synthetic import write_demo_cohort
 
 from worlds import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

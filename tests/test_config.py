@@ -96,8 +96,3 @@ def test_nonsense_is_refused_by_name(section: Any, values: dict[str, Any]) -> No
     name = next(key for key in values if key != "name" or len(values) == 1)
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
         section(**values)
-
-
-def test_class_weights_match_classes() -> None:
-    with pytest.raises(ConfigError, match=r"3 values for 2 data\.classes"):
-        Config(run=RunConfig(name="a"), data=DataConfig(classes=("a", "b")), optim=OptimConfig(class_weights=(1, 2, 3)))

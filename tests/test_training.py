@@ -1,0 +1,200 @@
+"""Whole runs in this process: what they write, how they resume, and what bad input does to them."""
+
+import csv
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from slidescale.engine import main
+from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.errors import TrainingError, UserError
+from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.trainer import Trainer
+
+from conftest import edit_manifest
+
+
+def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
+    """A run of a few seconds; `changes` are of the run's section, or whole sections."""
+    sections = {key: changes.pop(key) for key in ("resume", "deepspeed_config", "optim") if key in changes}
+    classes = changes.pop("classes", ("wild_type", "mutant"))
+    data = {"tile_px": 64, "k": 12, "classes": classes, "max_excluded": 0.25}
+    return Config(
+        run=RunConfig(**({"name": "t", "out": out, "epochs": 2, "precision": "fp32", "heatmaps": 2} | changes)),
+        data=DataConfig(manifest=manifest, **data),
+        model=ModelConfig(encoder="test_vit", hidden_dim=16, attention_dim=8, dropout=0.1),
+        memory=MemoryConfig(chunk=64),
+        **sections,
+    )
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)["model"]
+
+
+def damage(slide: Path) -> None:
+    """Blank the second half of the file's pixels: it opens, and cannot be read everywhere."""
+    content = bytearray(slide.read_bytes())
+    content[2_000 : len(content) // 3] = bytes(len(content) // 3 - 2_000)
+    slide.write_bytes(content)
+
+
+def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
+    folder = main.run(make_config(demo_manifest, tmp_path))
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["data"]["k"] == 12
+    assert record["versions"]["torch"] == version("torch")
+    assert record["commit"]
+    val = [row for row in read_csv(demo_manifest) if row["split"] == "val"]
+    predictions = read_csv(folder / "predictions.csv")
+    assert [row["slide_id"] for row in predictions] == [row["slide_id"] for row in val]
+    assert all(0 < float(row["probability"]) < 1 for row in predictions)
+    assert all(int(row["k"]) > 100 for row in predictions), "validation uses all tissue tiles, not k"
+    assert len(list((folder / "heatmaps").glob("*.png"))) == 2
+    links = {name: (folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    assert links["last"] == "epoch-0002"
+    assert {path.name for path in (folder / "checkpoints").glob("epoch-*")} == set(links.values())
+    board = EventAccumulator(str(folder)).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "epoch/train_loss", "epoch/val_loss"} <= tags
+    assert {"epoch/val_auroc", "speed/tiles_per_s", "speed/data_wait_share", "speed/peak_gib"} <= tags
+    assert len(board.Tags()["images"]) == 2
+    assert not (folder / "excluded.csv").exists()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(
+    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=3))
+    config = make_config(demo_manifest, tmp_path / "cut", epochs=3)
+    original = Trainer._train_epoch
+
+    def power_cut(self: Trainer, epoch: int, step: int) -> Any:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(config)
+    folder = main.run(make_config(demo_manifest, tmp_path / "cut", epochs=3, resume=True))
+    assert folder == tmp_path / "cut" / "t"
+    expected, found = weights_in(whole), weights_in(folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert read_csv(whole / "predictions.csv") == read_csv(folder / "predictions.csv")
+
+
+def test_a_taken_name_gets_a_number(demo_manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "precious").touch()
+    assert main.run(make_config(demo_manifest, tmp_path, epochs=1)) == tmp_path / "t-2"
+    assert list((tmp_path / "t").iterdir()) == [tmp_path / "t" / "precious"]
+
+
+def test_nothing_to_resume(demo_manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run"):
+        main.run(make_config(demo_manifest, tmp_path, resume=True))
+
+
+def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One file cut short, one damaged inside (found only when its tiles are read), one that is empty glass."""
+    rows = read_csv(cohort_copy)
+    train = [row for row in rows if row["split"] == "train"]
+    val = [row for row in rows if row["split"] == "val"]
+    cut = cohort_copy.parent / train[0]["path"]
+    cut.write_bytes(cut.read_bytes()[:1000])
+    damage(cohort_copy.parent / train[1]["path"])
+    damage(cohort_copy.parent / val[0]["path"])
+    folder = main.run(make_config(cohort_copy, tmp_path / "runs"))
+    excluded = {row["slide_id"]: row["reason"] for row in read_csv(folder / "excluded.csv")}
+    assert set(excluded) == {train[0]["slide_id"], train[1]["slide_id"], val[0]["slide_id"]}
+    assert "cannot open" in excluded[train[0]["slide_id"]]
+    assert "cannot read at" in excluded[train[1]["slide_id"]]
+    assert val[0]["slide_id"] not in {row["slide_id"] for row in read_csv(folder / "predictions.csv")}
+
+
+def test_too_many_unusable_slides_stop_the_run(cohort_copy: Path, tmp_path: Path) -> None:
+    for row in read_csv(cohort_copy)[:4]:
+        (cohort_copy.parent / row["path"]).write_bytes(b"")
+    with pytest.raises(UserError, match="4 of 12 slides are unusable, more than the share --data.max-excluded 0.25"):
+        main.run(make_config(cohort_copy, tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite(demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The slide is named, no step is taken, and the last checkpoint is as it was."""
+    original = CrossEntropy.forward
+    calls = {"n": 0}
+    steps_an_epoch = sum(row["split"] == "train" for row in read_csv(demo_manifest))
+
+    def forward(self: CrossEntropy, logits: torch.Tensor, label: int) -> torch.Tensor:
+        loss = original(self, logits, label)
+        if not torch.is_grad_enabled():
+            return loss
+        calls["n"] += 1
+        if calls["n"] <= steps_an_epoch + 1:
+            return loss
+        if what == "loss":
+            return loss * torch.nan
+        loss.register_hook(lambda gradient: gradient * torch.nan)
+        return loss
+
+    monkeypatch.setattr(CrossEntropy, "forward", forward)
+    with pytest.raises(TrainingError, match=rf"slide slide-\d+.*{what}.*no optimizer step was taken"):
+        main.run(make_config(demo_manifest, tmp_path))
+    checkpoint = tmp_path / "t" / "checkpoints" / "last"
+    assert checkpoint.resolve().name == "epoch-0001"
+    assert all(value.isfinite().all() for value in weights_in(tmp_path / "t").values())
+
+
+def test_real_slide_beside_drawn_ones(cohort_copy: Path, real_slide: Path, tmp_path: Path) -> None:
+    shutil.copy(real_slide, cohort_copy.parent / "slides" / "real.svs")
+    row = {"slide_id": "real", "case_id": "real", "path": "slides/real.svs", "label": "mutant"}
+    edit_manifest(cohort_copy, lambda rows: [*rows, row | {"split": "val"}])
+    folder = main.run(make_config(cohort_copy, tmp_path / "runs", epochs=1))
+    predicted = {row["slide_id"]: row for row in read_csv(folder / "predictions.csv")}
+    assert int(predicted["real"]["k"]) > 500
+
+
+def test_test_split_is_predicted_by_the_best_epoch(cohort_copy: Path, tmp_path: Path) -> None:
+    def move(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        cases = sorted({row["case_id"] for row in rows if row["split"] == "val"})
+        return [row | {"split": "test"} if row["case_id"] in cases[::2] else row for row in rows]
+
+    edit_manifest(cohort_copy, move)
+    folder = main.run(make_config(cohort_copy, tmp_path / "runs", epochs=1))
+    tested = [row["slide_id"] for row in read_csv(cohort_copy) if row["split"] == "test"]
+    assert tested
+    assert [row["slide_id"] for row in read_csv(folder / "predictions_test.csv")] == tested
+
+
+def test_three_classes(cohort_copy: Path, tmp_path: Path) -> None:
+    def relabel(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [row | {"label": "abc"[index % 3]} for index, row in enumerate(rows)]
+
+    edit_manifest(cohort_copy, relabel)
+    config = make_config(
+        cohort_copy, tmp_path / "runs", epochs=1, classes=(), optim=OptimConfig(class_weights=(1, 2, 3))
+    )
+    predictions = read_csv(main.run(config) / "predictions.csv")
+    total = [sum(float(row[f"probability_{name}"]) for name in "abc") for row in predictions]
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_class_weights_of_inferred_classes(demo_manifest: Path, tmp_path: Path) -> None:
+    config = make_config(demo_manifest, tmp_path, classes=(), optim=OptimConfig(class_weights=(1, 2, 3)))
+    with pytest.raises(UserError, match=r"class_weights has 3 values for 2 classes"):
+        main.run(config)
