@@ -79,6 +79,9 @@ class ModelConfig:
     random weights."""
     pooling: PoolingName = "gated_attention"
     """How tiles' features become the slide's."""
+    slide_norm: bool = False
+    """Standardise each feature over the slide's tiles before pooling; lets an encoder learn from random weights, and
+    takes away differences of stain between slides, with all else that a slide's tiles have in common."""
     hidden_dim: int = 512
     """Width of the aggregator's two projection layers."""
     attention_dim: int = 384

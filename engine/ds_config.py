@@ -98,6 +98,7 @@ def uses_bf16(ds: dict[str, Any]) -> bool:
 def _schedule_values(config: Config, schedule: Schedule) -> list[tuple[str, Any, str]]:
     """What DeepSpeed's schedulers call the recipe's values: (parameter, value, the recipe's name for it)."""
     return [
+        ("warmup_type", "linear", "the recipe's warm-up"),
         ("warmup_max_lr", config.optim.lr, "--optim.lr"),
         ("warmup_min_lr", 0.0, "the warm-up's start"),
         ("warmup_min_ratio", 0.0, "the warm-up's start"),

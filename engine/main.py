@@ -145,6 +145,7 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             hidden_dim=settings.hidden_dim,
             attention_dim=settings.attention_dim,
             dropout=settings.dropout,
+            slide_norm=settings.slide_norm,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
 

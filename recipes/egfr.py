@@ -20,7 +20,7 @@ STUDY = Config(
 DEMO = Config(
     run=RunConfig(name="egfr-demo", epochs=12),
     data=DataConfig(tile_px=64, k=128, classes=("wild_type", "mutant")),
-    model=ModelConfig(encoder="resnet10t", group_norm=True, hidden_dim=128, attention_dim=64, dropout=0.0),
+    model=ModelConfig(encoder="resnet10t", group_norm=True, slide_norm=True, hidden_dim=128, attention_dim=64, dropout=0.0),
     memory=MemoryConfig(chunk=64),
     optim=OptimConfig(lr=1e-3),
 )

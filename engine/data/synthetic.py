@@ -2,12 +2,11 @@
 
 The slides of the two classes are the same picture but for small foci that cover a few percent of the
 tissue: crowded small round nuclei in the first class, enlarged pleomorphic nuclei in the second. The foci
-of both classes have the same outlines, as many pixels of nuclei and as much haematoxylin, so no average
-over a slide gives its class away; the encoder has to learn what a nucleus looks like.
+of both classes have the same outlines, as many pixels of nuclei and as much haematoxylin, so neither colour,
+darkness, tissue area nor file size gives a class away.
 
-A slide is drawn as two density fields, haematoxylin and eosin, in px of level 0, and stained at the end by
-the Beer-Lambert law. Outlines live on a grid of GRID px and are resampled, because only nuclei and fibres
-have detail finer than that.
+A slide is drawn as two density fields, haematoxylin and eosin, and stained at the end by the Beer-Lambert
+law. The background lives on a grid of GRID px and is resampled, because only nuclei have finer detail.
 """
 
 import csv
@@ -79,7 +78,12 @@ EPITHELIAL = Nucleus(semi_minor=(5.0, 0.5), elongation=(1.2, 1.8), density=(0.95
 # of a slide drawn as either differs by about 0.1 grey levels, where slides of one class differ by 5.
 BENIGN = Nucleus(semi_minor=(4.8, 0.4), elongation=(1.0, 1.17), density=(1.0, 0.12), rim=0.3)
 ATYPICAL = Nucleus(
-    semi_minor=(9.8, 1.9), elongation=(1.05, 1.5), density=(0.95, 0.11), irregularity=0.09, rim=0.35, clumping=0.28
+    semi_minor=(9.8, 1.9),
+    elongation=(1.05, 1.5),
+    density=(0.95, 0.11),
+    irregularity=0.09,
+    rim=0.35,
+    clumping=0.28,
 )
 NUCLEOLUS = Nucleus(semi_minor=(2.4, 0.35), elongation=(1.0, 1.1), density=(1.9, 0.1))
 FOCUS_SPACING_PX = {BENIGN: 12.5, ATYPICAL: 26.0}
@@ -252,7 +256,8 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], cell: float) -> np.
 
 def _enlarge(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Resample a float32 field to `shape` with cubic splines."""
-    return np.asarray(Image.fromarray(field.astype(np.float32, copy=False)).resize(shape[::-1], Image.BICUBIC))
+    image = Image.fromarray(field.astype(np.float32, copy=False))
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def _soft_step(value: np.ndarray, width: float) -> np.ndarray:
@@ -265,12 +270,10 @@ def _tissue(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
     rows, cols = np.ogrid[-1 : 1 : grid[0] * 1j, -1 : 1 : grid[1] * 1j]
     level = np.full(grid, -np.inf, np.float32)
     axis = rng.uniform(0, np.pi)
-    offsets = (-0.42, 0.42) if rng.random() < 0.5 else (0.0,)
-    for offset in offsets:
-        row, col = offset * np.sin(axis) + rng.normal(0, 0.04), offset * np.cos(axis) + rng.normal(0, 0.04)
+    for offset in (-0.42, 0.42) if rng.random() < 0.5 else (0.0,):
+        row, col = offset * np.array([np.sin(axis), np.cos(axis)]) + rng.normal(0, 0.04, size=2)
         reach_row, reach_col = rng.uniform(0.75, 1.1, size=2)
-        distance = np.hypot((rows - row) / reach_row, (cols - col) / reach_col)
-        level = np.maximum(level, -distance)
+        np.maximum(level, -np.hypot((rows - row) / reach_row, (cols - col) / reach_col), out=level)
     for cell, amplitude in ((160, 0.09), (50, 0.03), (14, 0.008)):
         level += amplitude * _noise(rng, grid, cell)
     # Glass on all four sides: the level falls steeply at the border.
@@ -302,9 +305,8 @@ def _place_discs(rng: np.random.Generator, room: np.ndarray, area: float, radius
 
 def _distance(row: float, col: float, reach: float, grid: tuple[int, int]) -> tuple[tuple, np.ndarray]:
     """Distance to a point, within `reach` of it: the window (two slices) and float32 [window]; grid points."""
-    window = tuple(
-        slice(max(int(at - reach), 0), min(int(at + reach), side)) for at, side in zip((row, col), grid, strict=True)
-    )
+    centred = zip((row, col), grid, strict=True)
+    window = tuple(slice(max(int(at - reach), 0), min(int(at + reach), side)) for at, side in centred)
     rows, cols = np.ogrid[window]
     return window, np.hypot(rows - row, cols - col, dtype=np.float32)
 
@@ -402,7 +404,8 @@ def _draw_nuclei(rng: np.random.Generator, field: np.ndarray, population: Popula
     semi_major = semi_minor * rng.uniform(*kind.elongation, row.shape).astype(np.float32)
     density = rng.normal(*kind.density, row.shape).astype(np.float32)
     phase = rng.uniform(0, 2 * np.pi, (2, *row.shape)).astype(np.float32)
-    offset = np.arange(-np.ceil(1.25 * high * kind.elongation[1]) - 2, np.ceil(1.25 * high * kind.elongation[1]) + 3)
+    reach = np.ceil(1.25 * high * kind.elongation[1]) + 2
+    offset = np.arange(-reach, reach + 1)
     rows = np.clip(np.rint(row) + offset[:, None], 0, field.shape[0] - 1)
     cols = np.clip(np.rint(col) + offset, 0, field.shape[1] - 1)
     where = (rows * field.shape[1] + cols).astype(np.intp)

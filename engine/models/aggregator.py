@@ -69,8 +69,27 @@ class MaxPooling(nn.Module):
         return Pooled(pooled, (holds_max / ties).mean(dim=1))
 
 
+class SlideNorm(nn.Module):
+    """Standardise each feature over the tiles of the slide (instance normalisation, Ulyanov et al. 2016, over a bag).
+
+    An untrained encoder gives all tiles nearly the same features, and a slide's stain moves them all alike; both
+    drown what tells its tiles apart, which is what pooling has to find. The price is the slide's mean: what is the
+    same in all its tiles is lost to the classifier.
+    """
+
+    EPS = 1e-10  # far below the variance of any live feature; a dead one, or a slide of one tile, becomes zeros
+
+    def forward(self, features: Tensor, group: TileGroup) -> Tensor:
+        """`[K_local, D]` to the same, of mean 0 and variance 1 over the tile group: two sums of D numbers."""
+        ones = features.new_ones(len(features))
+        k = group.sum(ones.sum())
+        centred = features - group.sum(features.sum(dim=0)) / k
+        variance = group.sum(centred.square().sum(dim=0)) / k
+        return centred * torch.rsqrt(variance + self.EPS)
+
+
 class Aggregator(nn.Module):
-    """Projection, pooling, classifier, in the arrangement of GMA (Campanella et al. 2024).
+    """Normalisation, projection, pooling, classifier, in the arrangement of GMA (Campanella et al. 2024).
 
     The projection is two Linear-ReLU-Dropout layers a tile; the classifier, one linear layer a slide, is
     replicated and sees the same pooled features on every rank.
@@ -82,12 +101,22 @@ class Aggregator(nn.Module):
         hidden_dim: width of the projection.
         attention_dim: L, width of the attention gate (gated attention only).
         dropout: probability, after each projection layer.
+        slide_norm: standardise features over the slide's tiles first (see `SlideNorm`).
     """
 
     def __init__(
-        self, dim: int, classes: int, *, pooling: PoolingName, hidden_dim: int, attention_dim: int, dropout: float
+        self,
+        dim: int,
+        classes: int,
+        *,
+        pooling: PoolingName,
+        hidden_dim: int,
+        attention_dim: int,
+        dropout: float,
+        slide_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.norm = SlideNorm() if slide_norm else None
         self.projection = nn.Sequential(
             nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
@@ -101,6 +130,8 @@ class Aggregator(nn.Module):
         Returns:
             logits `[classes]`, equal on every rank, and tile weights `[K_local]` (see `Pooled.weights`).
         """
+        if self.norm is not None:
+            features = self.norm(features, group)
         pooled = self.pooling(self.projection(features), group)
         return self.classifier(pooled.features), pooled.weights
 

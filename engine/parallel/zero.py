@@ -4,26 +4,34 @@ What its engine does under many backwards a step was measured, not assumed, and 
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
+import contextlib
+import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.errors import UserError
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.mesh import is_main_rank
 from slidescale.engine.parallel.strategy import Strategy, check_gradient_norm
 
-# DeepSpeed tells of its every stage on every rank, and calls functions that PyTorch has renamed.
-deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+
+# What every rank would say alike, the main one says; and DeepSpeed calls functions that PyTorch has renamed.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING if is_main_rank() else logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
@@ -46,14 +54,15 @@ class ZeroStrategy(Strategy):
         *,
         ds_config: dict[str, Any],
     ) -> None:
-        engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=ds_config,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()):
+            engine, _, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=ds_config,
+                dist_init_required=False,
+            )
         self.model = model
         self.device = torch.device(engine.device)
         self._engine = engine
@@ -94,7 +103,7 @@ class ZeroStrategy(Strategy):
 
     def learning_rate(self) -> float:
         """Of the first parameter group."""
-        return self._engine.get_lr()[0]
+        return self._engine.optimizer.param_groups[0]["lr"]
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's sharded checkpoint."""

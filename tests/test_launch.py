@@ -1,0 +1,157 @@
+"""The command as users type it: ranks, output, errors, and the loss of a rank."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import edit_manifest
+
+ROOT = Path(__file__).parent.parent
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
+SMALL += ["--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
+# A launcher that has not ended by then hangs.
+PATIENCE_S = 240
+
+
+def command(manifest: Path, out: Path, *extra: str, ranks: int | None) -> list[str]:
+    """The recipe under `deepspeed` with some ranks, or (None) under plain Python."""
+    recipe = ["recipes/egfr.py", "--data.manifest", str(manifest), "--run.out", str(out), *SMALL, *extra]
+    if ranks is None:
+        return [sys.executable, *recipe]
+    port = str(29600 + os.getpid() % 300)
+    launcher = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", port]
+    return [*launcher, *recipe, "--deepspeed_config", "ds.json"]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def losses(folder: Path) -> list[float]:
+    """Training losses, a step each, from TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+@pytest.fixture
+def with_real_slide(cohort_copy: Path, real_slide: Path) -> Path:
+    """A few drawn slides and the real one, in the train split."""
+    row = {"slide_id": "real", "case_id": "real", "path": str(real_slide), "label": "mutant", "split": "train"}
+
+    def change(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [*rows, row]
+
+    edit_manifest(cohort_copy, change)
+    return cohort_copy
+
+
+def test_two_ranks_train_as_one_process_does(with_real_slide: Path, tmp_path: Path) -> None:
+    """Deepspeed on 2 ranks and plain Python: the same bags, the same losses; each line of output once; a resume."""
+    out = tmp_path / "runs"
+    two = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "1", ranks=2))
+    assert two.returncode == 0, two.stdout + two.stderr
+    output = two.stdout + two.stderr
+    for once in ("run .*two on 2 × cpu", "epoch  1/1", "results in"):
+        assert len(re.findall(once, output)) == 1, output
+    assert "zero2" in output
+    one = launch(command(with_real_slide, out, "--run.name", "one", "--run.epochs", "1", ranks=None))
+    assert one.returncode == 0, one.stderr
+    ours, theirs = losses(out / "one"), losses(out / "two")
+    assert len(ours) > 6
+    # Adam turns rounding into steps where a gradient is near zero, so the two drift apart, slowly.
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert max(ours) / min(ours) > 1.05, "and the losses are not all one"
+    with (out / "two" / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) > 1
+
+    resumed = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "2", "--resume", ranks=2))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed after epoch 1" in resumed.stdout + resumed.stderr
+    assert (out / "two" / "checkpoints" / "last").resolve().name == "epoch-0002"
+    other = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "2", "--resume", ranks=None))
+    assert other.returncode != 0
+    assert "written by zero2 on 2 ranks, and this run is single on 1 ranks" in other.stderr
+
+
+def test_losing_a_rank_ends_the_run(demo_manifest: Path, tmp_path: Path) -> None:
+    """The survivor does not wait for the dead."""
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        words = command(demo_manifest, tmp_path / "runs", "--run.epochs", "1000", ranks=2)
+        launcher = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while "epoch  1/1000" not in log.read_text():
+            assert launcher.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        ranks = [
+            process
+            for process in psutil.Process(launcher.pid).children(recursive=True)
+            if "--local_rank=1" in process.cmdline()
+        ]
+        assert ranks
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        assert launcher.wait(60) != 0
+        assert "return code = -9" in log.read_text()
+    finally:
+        for process in [*psutil.Process(launcher.pid).children(recursive=True)] if launcher.poll() is None else []:
+            process.kill()
+        launcher.kill()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.encoder", "resnet5O"], "timm has no model 'resnet5O'; near: "),
+        (["--optim.clip", "-1"], "--optim.clip is -1.0: must be 0 or a norm"),
+    ],
+)
+def test_an_error_is_told_once(demo_manifest: Path, tmp_path: Path, extra: list[str], message: str) -> None:
+    done = launch(command(demo_manifest, tmp_path, *extra, ranks=2))
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert output.count(message) == 1, output
+    assert "Traceback" not in output
+
+
+def test_a_mistyped_setting_has_near_matches(demo_manifest: Path, tmp_path: Path) -> None:
+    done = launch(command(demo_manifest, tmp_path, "--optim.rl", "1e-3", ranks=None))
+    assert done.returncode != 0
+    assert "--optim.rl" in done.stdout + done.stderr
+    assert "--optim.lr" in done.stdout + done.stderr
+
+
+def test_a_contradiction_with_ds_json_is_an_error(demo_manifest: Path, tmp_path: Path) -> None:
+    ds = tmp_path / "mine.json"
+    ds.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}')
+    words = command(demo_manifest, tmp_path, "--deepspeed_config", str(ds), ranks=None)
+    done = launch(words)
+    assert done.returncode != 0
+    assert "optimizer.params.lr is 0.5 and --optim.lr is 0.0001" in done.stderr
+    assert not any(tmp_path.glob("egfr*")), "nothing was started"
+
+
+def test_several_ranks_need_deepspeed(demo_manifest: Path, tmp_path: Path) -> None:
+    words = command(demo_manifest, tmp_path, ranks=None)
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment() | {"WORLD_SIZE": "2", "RANK": "0"}, capture_output=True, text=True,
+        timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "2 ranks were started, which takes --deepspeed_config" in done.stderr
