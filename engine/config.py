@@ -74,9 +74,6 @@ class ModelConfig:
     """Start from the weights timm publishes for the encoder (downloaded from the hub, or in its local cache)."""
     weights: Path | None = None
     """Start from a local state dict of the encoder (.pth or .safetensors) instead."""
-    group_norm: bool = False
-    """Replace the encoder's BatchNorm layers, whose statistics never train here, by GroupNorm; for training from
-    random weights."""
     pooling: PoolingName = "gated_attention"
     """How tiles' features become the slide's."""
     slide_norm: bool = False
@@ -113,7 +110,9 @@ class OptimConfig:
     """Objective, optimizer and schedule: AdamW, linear warm-up, cosine decay, unless ds.json names others."""
 
     lr: float = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate of the aggregator."""
+    encoder_lr_scale: float = 1.0
+    """Peak learning rate of the encoder, as a share of `lr`."""
     weight_decay: float = 0.04
     """Decoupled weight decay of matrices; biases and normalisation layers get none."""
     warmup_epochs: float = 1.0
@@ -128,6 +127,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
         _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        _require(self.encoder_lr_scale > 0, "optim.encoder_lr_scale", self.encoder_lr_scale, "must be positive")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "must not be negative")
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must be a share from 0 to 1")

@@ -136,8 +136,13 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             tile_px=config.data.tile_px,
             pretrained=settings.pretrained,
             weights=settings.weights,
-            group_norm=settings.group_norm,
         )
+        if encoder.has_batch_norm() and not (settings.pretrained or settings.weights or settings.slide_norm):
+            log.warning(
+                "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
+                "Use pretrained weights, an encoder with other normalisation (resnet50_gn), or --model.slide-norm",
+                settings.encoder,
+            )
         aggregator = Aggregator(
             encoder.dim,
             classes,
@@ -153,7 +158,7 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
 def _make_strategy(
     model: SlideModel, config: Config, schedule: Schedule, ds_config: dict[str, Any] | None, device: torch.device
 ) -> Strategy:
-    groups = parameter_groups(model, config.optim.weight_decay)
+    groups = parameter_groups(model, config.optim)
     schedule_for = partial(make_scheduler, config=config.optim, schedule=schedule)
     if ds_config is None:
         optimizer = make_optimizer(groups, config.optim)

@@ -4,21 +4,27 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from slidescale.engine.config import OptimConfig
 from slidescale.engine.ds_config import Schedule
+from slidescale.engine.models.slide_model import SlideModel
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices and filters decay, biases and normalisation layers do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: SlideModel, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trained parameters in groups: aggregator and encoder at their own rates; matrices decay, vectors do not."""
+    rates = ((model.aggregator, config.lr), (model.encoder, config.lr * config.encoder_lr_scale))
+    groups = []
+    for half, lr in rates:
+        trained = [parameter for parameter in half.parameters() if parameter.requires_grad]
+        for decay, members in (
+            (config.weight_decay, [p for p in trained if p.ndim > 1]),
+            (0.0, [p for p in trained if p.ndim <= 1]),  # biases and normalisation layers
+        ):
+            if members:
+                groups.append({"params": members, "lr": lr, "weight_decay": decay})
+    return groups
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:

@@ -19,10 +19,10 @@ STUDY = Config(
 # Small enough for a laptop, with no data and no weights at hand.
 DEMO = Config(
     run=RunConfig(name="egfr-demo", epochs=12),
-    data=DataConfig(tile_px=64, k=128, classes=("wild_type", "mutant")),
-    model=ModelConfig(encoder="resnet10t", group_norm=True, slide_norm=True, hidden_dim=128, attention_dim=64, dropout=0.0),
+    data=DataConfig(tile_px=64, k=256, classes=("wild_type", "mutant")),
+    model=ModelConfig(encoder="test_resnet", slide_norm=True, hidden_dim=128, attention_dim=64, dropout=0.0),
     memory=MemoryConfig(chunk=64),
-    optim=OptimConfig(lr=1e-3),
+    optim=OptimConfig(lr=1e-3, encoder_lr_scale=0.3),
 )
 
 if __name__ == "__main__":

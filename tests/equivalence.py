@@ -40,11 +40,18 @@ class MeanReducer(SingleStrategy):
             parameter.grad /= dist.get_world_size()
 
 
-def make_model(encoder: str, pooling: Any, dtype: torch.dtype) -> SlideModel:
-    """A small model; without dropout, whose masks plain autograd would draw otherwise."""
+def make_model(encoder: str, aggregator_name: Any, dtype: torch.dtype) -> SlideModel:
+    """A small model; without dropout, whose masks plain autograd would draw otherwise.
+
+    Args:
+        aggregator_name: a pooling, with "+slide_norm" or without.
+    """
+    pooling, _, slide_norm = aggregator_name.partition("+")
     torch.manual_seed(0)
     tiles = Encoder(encoder, tile_px=TILE_PX)
-    aggregator = Aggregator(tiles.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=0.0)
+    aggregator = Aggregator(
+        tiles.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=0.0, slide_norm=bool(slide_norm)
+    )
     return SlideModel(tiles, aggregator).to(dtype)
 
 

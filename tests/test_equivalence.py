@@ -23,7 +23,7 @@ def test_deepspeed_equals_plain_autograd(world: GetWorld, strategy: str, ranks: 
     assert max(errors) <= FP32_TOLERANCE, errors
 
 
-@pytest.mark.parametrize("pooling", ["gated_attention", "mean", "max"])
+@pytest.mark.parametrize("pooling", ["gated_attention", "mean", "max", "gated_attention+slide_norm"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_fp64_equals_plain_autograd(world: GetWorld, ranks: int, pooling: str) -> None:
     """In doubles, whose rounding leaves no room for a small fault; DeepSpeed's own copies are fp32 at best."""

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.aggregator import Aggregator, SlideNorm
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
@@ -47,15 +46,6 @@ def test_batch_norm_statistics_are_frozen_and_its_scale_trains() -> None:
         assert norm.weight.grad is not None
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"])
-def test_group_norm_replaces_batch_norm(name: str) -> None:
-    encoder = Encoder(name, tile_px=32, group_norm=True)
-    assert not any(isinstance(module, _BatchNorm) for module in encoder.modules())
-    assert any(isinstance(module, nn.GroupNorm) for module in encoder.modules())
-    alone, together = encoder(random_tiles(5)[:1]), encoder(random_tiles(5))[:1]
-    torch.testing.assert_close(alone, together)
-
-
 def test_unknown_encoder_has_near_matches() -> None:
     with pytest.raises(ConfigError, match="resnet50"):
         Encoder("resnet5O", tile_px=32)
@@ -71,8 +61,6 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
         Encoder("test_resnet", tile_px=32, weights=tmp_path / "none.pth")
     with pytest.raises(ConfigError, match="choose one"):
         Encoder("test_resnet", tile_px=32, weights=tmp_path / "weights.pth", pretrained=True)
-    with pytest.raises(ConfigError, match="group_norm"):
-        Encoder("test_resnet", tile_px=32, weights=tmp_path / "weights.pth", group_norm=True)
 
 
 @pytest.mark.parametrize("pooling", ["gated_attention", "mean", "max"])
@@ -97,6 +85,16 @@ def test_pooling_equals_its_definition(pooling: str, k: int) -> None:
     assert weights.shape == (k,)
     assert float(weights.sum()) == pytest.approx(1)
     assert not weights.requires_grad
+
+
+def test_slide_norm() -> None:
+    norm = SlideNorm()
+    features = torch.randn(50, 4, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 5.0, 0.0]) + 7
+    out = norm(features, TileGroup())
+    torch.testing.assert_close(out.mean(0), torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
+    live = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(out.std(0, unbiased=False), live, atol=1e-3, rtol=0)
+    assert not norm(features[:1], TileGroup()).any(), "one tile has nothing to be compared with"
 
 
 def test_attention_gradients() -> None:

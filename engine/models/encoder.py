@@ -1,21 +1,16 @@
 """Tile encoders: any timm model, from uint8 tiles to one feature vector a tile."""
 
 import difflib
-import logging
-from math import gcd
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
 from slidescale.kernels.tile_prep import prepare_tiles
-
-log = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -29,10 +24,9 @@ class Encoder(nn.Module):
         tile_px: side of a tile in pixels; a model of fixed input size is built for it.
         pretrained: load timm's published weights (from the hub or the local hub cache).
         weights: a local state dict (.pth, .safetensors) to load instead.
-        group_norm: replace BatchNorm by GroupNorm, for training from random weights.
 
     Raises:
-        ConfigError: unknown name (with near matches), or settings that exclude each other.
+        ConfigError: unknown name (with near matches), or weights that are not there or named twice.
     """
 
     def __init__(
@@ -42,25 +36,12 @@ class Encoder(nn.Module):
         tile_px: int,
         pretrained: bool = False,
         weights: Path | None = None,
-        group_norm: bool = False,
     ) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        if group_norm and (pretrained or weights):
-            raise ConfigError("model.group_norm discards trained normalisation layers: leave out the weights or it")
         backbone = _create(name, tile_px, pretrained=pretrained, weights=weights)
         self.backbone: nn.Module = backbone
-        if group_norm:
-            _replace_batch_norm(self.backbone)
-        frozen = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
-        if frozen and not (pretrained or weights):
-            log.warning(
-                "%s has %d BatchNorm layers whose statistics stay at their random initial weights' and will hardly "
-                "learn: use --model.group-norm, pretrained weights, or an encoder without BatchNorm",
-                name,
-                len(frozen),
-            )
         # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
         self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         data_config = timm.data.resolve_model_data_config(self.backbone)
@@ -79,6 +60,10 @@ class Encoder(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+    def has_batch_norm(self) -> bool:
+        """Whether some of its statistics stay as they are."""
+        return any(isinstance(module, _BatchNorm) for module in self.modules())
 
 
 def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) -> Any:
@@ -100,18 +85,3 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) 
         if published is not None and published.fixed_input_size:
             options["img_size"] = tile_px
     return timm.create_model(name, **options)
-
-
-def _replace_batch_norm(backbone: nn.Module) -> None:
-    """Swap each BatchNorm layer for a GroupNorm of the same scale and shift."""
-    for parent in list(backbone.modules()):
-        for name, layer in list(parent.named_children()):
-            if not isinstance(layer, nn.BatchNorm2d):
-                continue
-            channels = layer.num_features
-            norm = nn.GroupNorm(gcd(32, channels), channels, eps=layer.eps)
-            norm.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
-            if isinstance(layer, BatchNormAct2d):
-                setattr(parent, name, nn.Sequential(norm, layer.drop, layer.act))
-            else:
-                setattr(parent, name, norm)
