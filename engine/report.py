@@ -32,7 +32,7 @@ def write_predictions(path: Path, evaluation: Evaluation, classes: tuple[str, ..
 
 
 def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *, count: int) -> dict[str, np.ndarray]:
-    """Attention over a few slides, classes in turn: uint8 pictures by slide id and label."""
+    """Attention over a few slides, classes in turn: uint8 pictures by "<slide id>_<label>"."""
     classes = cohort.manifest.classes
     by_class = [[p for p in evaluation.predictions if p.row.label == label] for label in range(len(classes))]
     in_turn = [prediction for turn in zip_longest(*by_class) for prediction in turn if prediction is not None]
@@ -40,11 +40,11 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     for row, _, _, weights in in_turn[:count]:
         with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
             picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
-        pictures[f"{row.slide_id} ({classes[row.label]})"] = picture
+        pictures[f"{row.slide_id}_{classes[row.label]}"] = picture
     return pictures
 
 
-def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_px: int = 800) -> np.ndarray:
+def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_px: int = 640) -> np.ndarray:
     """The slide beside itself under its tiles' attention.
 
     Args:

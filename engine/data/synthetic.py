@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -195,7 +196,12 @@ def _write_slide(path: Path, plan: SlidePlan) -> None:
     head = f"Aperio Image Library (drawn by slidescale)\r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
     description = f"{head} JPEG/RGB Q=80|AppMag = 20|MPP = {MPP_UM}"
     # Photometric RGB: OpenSlide takes a YCbCr tag at its word, and tifffile writes the tiles as RGB.
-    jpeg = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 80}, "metadata": None}
+    jpeg: dict[str, Any] = {
+        "photometric": "rgb",
+        "compression": "jpeg",
+        "compressionargs": {"level": 80},
+        "metadata": None,
+    }
     tiles = {**jpeg, "tile": (256, 256), "maxworkers": 1}
     with _replacing(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
         tiff.write(image, description=description, software=False, **tiles)
@@ -213,7 +219,8 @@ def _shrink(image: np.ndarray, factor: int) -> np.ndarray:
 
 def draw_slide(rng: np.random.Generator, *, atypical: bool) -> np.ndarray:
     """Draw one slide, uint8 [height, width, 3]; only the nuclei inside the foci depend on `atypical`."""
-    shape = tuple(int(side) for side in rng.integers(1600, 2001, size=2))
+    height, width = rng.integers(1600, 2001, size=2).tolist()
+    shape = (height, width)
     grid = (shape[0] // GRID + 1, shape[1] // GRID + 1)
     # A generator of its own, and drawn last: all but the foci is then the same for both classes.
     focus_rng = rng.spawn(1)[0]
@@ -398,7 +405,8 @@ def _draw_nuclei(rng: np.random.Generator, field: np.ndarray, population: Popula
     `chromatin` is a texture of the same shape. Below, b is the side of a box around a nucleus, and arrays
     are float32 [N, b, b] or broadcast to it.
     """
-    kind, row, col, angle = (part if isinstance(part, Nucleus) else part[:, None, None] for part in population)
+    kind = population[0]
+    row, col, angle = (part[:, None, None] for part in population[1:])
     low, high = (kind.semi_minor[0] + sign * 2 * kind.semi_minor[1] for sign in (-1, 1))
     semi_minor = np.clip(rng.normal(*kind.semi_minor, row.shape), low, high).astype(np.float32)
     semi_major = semi_minor * rng.uniform(*kind.elongation, row.shape).astype(np.float32)
