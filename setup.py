@@ -39,12 +39,14 @@ setup(
         "scikit-learn>=1.7",
         "tifffile>=2026.1",
         "imagecodecs>=2026.1",
+        "scipy>=1.15",
         "tyro>=1.0,<2",
         "tqdm>=4.66",
         "matplotlib>=3.10",
     ],
     extras_require={
-        "test": ["pytest>=9", "pytest-timeout>=2.4"],
+        "test": ["pytest>=9", "pytest-timeout>=2.4", "psutil>=6"],
+        "bench": ["psutil>=6"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3"],
     },
 )

@@ -42,12 +42,8 @@ class Checkpoints:
         self._group = group
         self._written_by = {"strategy": strategy_name, "ranks": group.size}
 
-    def exists(self) -> bool:
-        """Whether there is one to go on from."""
-        return (self.folder / "last").exists()
-
-    def save(self, strategy: Strategy, progress: Progress, *, best: bool) -> None:
-        """Write a checkpoint; every rank calls it. Until it is complete the earlier ones stay as they are."""
+    def save(self, strategy: Strategy, progress: Progress) -> None:
+        """Write a checkpoint and call it `last`; every rank calls it. Earlier ones stay until it is complete."""
         target = self.folder / f"epoch-{progress.epoch:04d}"
         unfinished = target.with_suffix(".unfinished")
         if self._group.rank == 0:
@@ -57,13 +53,21 @@ class Checkpoints:
         strategy.save(unfinished)
         self._group.barrier()
         if self._group.rank == 0:
-            text = json.dumps({"progress": asdict(progress), "written_by": self._written_by}, indent=2)
-            (unfinished / "progress.json").write_text(text, encoding="utf-8")
+            self._write_progress(unfinished, progress)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
-            for link in ("last", "best") if best else ("last",):
-                self._point(link, target)
+            self._point("last", target)
             self._prune()
+        self._group.barrier()
+
+    def mark_best(self, progress: Progress) -> None:
+        """Call `last` also `best`, and keep the score in it; every rank calls it."""
+        if self._group.rank == 0:
+            target = (self.folder / "last").resolve()
+            self._point("best", target)
+            self._write_progress(target, progress)
+            self._prune()
+        self._group.barrier()
 
     def load(self, strategy: Strategy, name: str) -> Progress:
         """Restore "last" or "best"; every rank calls it.
@@ -79,6 +83,12 @@ class Checkpoints:
         strategy.load(folder)
         progress = content["progress"]
         return Progress(**(progress | {"best_score": tuple(progress["best_score"])}))
+
+    def _write_progress(self, folder: Path, progress: Progress) -> None:
+        text = json.dumps({"progress": asdict(progress), "written_by": self._written_by}, indent=2)
+        unfinished = folder / "progress.json.unfinished"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(folder / "progress.json")
 
     def _point(self, link: str, target: Path) -> None:
         """Make `link` name `target`, at no moment naming nothing."""

@@ -14,6 +14,13 @@ from typing import Any
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
 
+# Of DeepSpeed's schedulers, what the recipe has a value for.
+SCHEDULER_KEYS = {
+    "WarmupLR": ("warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+    "WarmupCosineLR": ("cos_min_ratio", "warmup_num_steps", "total_num_steps"),
+}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -40,11 +47,14 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def complete_ds_config(content: dict[str, Any], config: Config, schedule: Schedule, *, bf16: bool) -> dict[str, Any]:
+def complete_ds_config(
+    content: dict[str, Any], config: Config, schedule: Schedule | None, *, bf16: bool
+) -> dict[str, Any]:
     """Fill in what ds.json leaves to the recipe, and refuse what the two say differently.
 
     Args:
         content: ds.json as parsed.
+        schedule: None for a first look, before the slides are known to be usable; it leaves step counts open.
         bf16: the precision that the recipe wants where ds.json does not say.
 
     Returns:
@@ -56,10 +66,8 @@ def complete_ds_config(content: dict[str, Any], config: Config, schedule: Schedu
     ds = copy.deepcopy(content)
     problems: list[str] = []
 
-    def settle(section: dict[str, Any], key: str, value: Any, where: str, ours: str, *, add: bool = True) -> None:
+    def settle(section: dict[str, Any], key: str, value: Any, where: str, ours: str) -> None:
         """Give `section[key]` the recipe's value, or note that it has another."""
-        if key not in section and not add:
-            return
         if section.get(key, "auto") == "auto":
             section[key] = value
         elif section[key] != value:
@@ -78,9 +86,7 @@ def complete_ds_config(content: dict[str, Any], config: Config, schedule: Schedu
         for key in [key for key in ("betas", "eps") if params.get(key) == "auto"]:
             del params[key]  # the optimizer's own
     if scheduler := ds.get("scheduler"):
-        params = scheduler.setdefault("params", {})
-        for key, value, ours in _schedule_values(config, schedule):
-            settle(params, key, value, "scheduler.params.", ours, add=False)
+        _settle_scheduler(scheduler, config, schedule, settle, problems)
     _settle_precision(ds, config, bf16, settle, problems)
     if ds.get("zero_optimization", {}).get("compute_grad_norm") is False:
         problems.append("zero_optimization.compute_grad_norm must stay on: a step whose norm is not finite is refused")
@@ -95,17 +101,37 @@ def uses_bf16(ds: dict[str, Any]) -> bool:
     return bool(ds["torch_autocast"]["enabled"])
 
 
-def _schedule_values(config: Config, schedule: Schedule) -> list[tuple[str, Any, str]]:
-    """What DeepSpeed's schedulers call the recipe's values: (parameter, value, the recipe's name for it)."""
-    return [
-        ("warmup_type", "linear", "the recipe's warm-up"),
-        ("warmup_max_lr", config.optim.lr, "--optim.lr"),
-        ("warmup_min_lr", 0.0, "the warm-up's start"),
-        ("warmup_min_ratio", 0.0, "the warm-up's start"),
-        ("cos_min_ratio", config.optim.min_lr_ratio, "--optim.min-lr-ratio"),
-        ("warmup_num_steps", schedule.warmup_steps, "--optim.warmup-epochs, in steps,"),
-        ("total_num_steps", schedule.total_steps, "--run.epochs, in steps,"),
-    ]
+def _settle_scheduler(
+    scheduler: dict[str, Any],
+    config: Config,
+    schedule: Schedule | None,
+    settle: Callable[..., None],
+    problems: list[str],
+) -> None:
+    """Give one of DeepSpeed's schedulers the recipe's rates and lengths; its shape is its own."""
+    name = scheduler.get("type")
+    if name not in SCHEDULER_KEYS:
+        problems.append(f"scheduler.type is {name!r}; use {', '.join(SCHEDULER_KEYS)}, or leave the scheduler out")
+        return
+    rates = [config.optim.lr, config.optim.lr * config.optim.encoder_lr_scale]
+    if "warmup_max_lr" in SCHEDULER_KEYS[name] and rates[0] != rates[1]:
+        problems.append(f"scheduler.type {name} has one rate for all, and --optim.encoder-lr-scale is not 1")
+    values = {
+        "warmup_max_lr": (config.optim.lr, "--optim.lr"),
+        "cos_min_ratio": (config.optim.min_lr_ratio, "--optim.min-lr-ratio"),
+        "warmup_num_steps": (max(1, schedule.warmup_steps) if schedule else None, "--optim.warmup-epochs, in steps,"),
+        "total_num_steps": (schedule.total_steps if schedule else None, "--run.epochs, in steps,"),
+    }
+    params = scheduler.setdefault("params", {})
+    for key in SCHEDULER_KEYS[name]:
+        value, ours = values[key]
+        if value is not None:
+            settle(params, key, value, "scheduler.params.", ours)
+        elif params.get(key) == "auto":
+            del params[key]
+    for key, start in (("warmup_type", "linear"), ("warmup_min_lr", 0.0), ("warmup_min_ratio", 0.0)):
+        if params.get(key) == "auto":
+            params[key] = start
 
 
 def _settle_precision(

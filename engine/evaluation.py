@@ -1,5 +1,6 @@
 """Evaluation: whole slides, all tissue tiles, streamed through the encoder a chunk at a time."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
-from slidescale.engine.errors import SlideError
+from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.metrics import auroc
 from slidescale.engine.models.slide_model import SlideModel
@@ -70,6 +71,9 @@ def evaluate(
 
     Args:
         chunk: tiles that a rank encodes at once.
+
+    Raises:
+        TrainingError: a loss is not finite; names the slide.
     """
     model.eval()
     counts = [group.chunk_count(len(cohort.tilings[row.slide_id].coords), chunk) for row in rows]
@@ -84,13 +88,17 @@ def evaluate(
             except SlideError as error:
                 # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped below.
                 tiles, fault = torch.zeros_like(reading.tiles), str(error)
-            features.append(encode(model, Chunks(tiles.to(device), chunk, count=1, seed=0, offset=0)))
+            features.append(
+                encode(model, Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0))
+            )
         if cohort.has_fault(row, fault):
             continue
         with torch.no_grad():
             logits, weights = model.aggregate(torch.cat(features), group)
             loss = objective(logits, row.label).item()
-            probabilities = objective.probabilities(logits).cpu().numpy()
+        if not math.isfinite(loss):
+            raise TrainingError(f"slide {row.slide_id}: the loss in validation is {loss}; the last checkpoint is kept")
+        probabilities = objective.probabilities(logits).cpu().numpy()
         predictions.append(Prediction(row, probabilities, loss, group.gather_rows(weights).numpy()))
     return _sum_up(predictions)
 

@@ -7,17 +7,23 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from tqdm.contrib.logging import _TqdmLoggingHandler
 
 
 def configure_logging(main: bool) -> None:
     """Let the main rank speak, above its progress bar, and the others only of errors."""
-    handler = _TqdmLoggingHandler()
+    handler = _AboveTheBar()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("slidescale")
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if main else logging.ERROR)
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes to stderr without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):

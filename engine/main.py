@@ -31,7 +31,7 @@ from slidescale.engine.optim import make_optimizer, make_scheduler, parameter_gr
 from slidescale.engine.parallel.mesh import is_main_rank, pick_device, start_world, stop_world
 from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.run_folder import choose_run_folder, record_run
+from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
 from slidescale.engine.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -55,14 +55,13 @@ def main(description: str, *, default: Config, demo: Config, argv: Sequence[str]
         has_manifest = any(word.split("=")[0] == "--data.manifest" for word in argv)
         config = tyro.cli(Config, default=default if has_manifest else demo, args=argv, description=description)
         run(config)
+        stop_world()
     except UserError as error:
         # What is wrong with the input is found by all ranks alike, so one of them tells.
         if is_main_rank():
             sys.exit(f"error: {error}")
         time.sleep(GRACE_S)
         sys.exit(1)
-    finally:
-        stop_world()
 
 
 def run(config: Config) -> Path:
@@ -74,50 +73,46 @@ def run(config: Config) -> Path:
     Raises:
         UserError: something about the input or the settings; no work is lost.
     """
-    ds_content = _read_ds_config(config)
-    manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and _has_bf16(device))
+    ds_content = _read_ds_config(config)
+    if ds_content is not None:
+        bf16 = uses_bf16(complete_ds_config(ds_content, config, None, bf16=bf16))
+    manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     group = start_world(device) if ds_content is not None else TileGroup()
     manifest = manifest or _demo_manifest(config, group)
     weights, classes = config.optim.class_weights, manifest.classes
     if weights and len(weights) != len(classes):
         raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
-    folder = _open_run_folder(config, group)
+    model = make_model(config, classes=len(classes), bf16=bf16).to(device)
+    folder = _find_or_open_run_folder(config, group)
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, group.size, device.type, config.run.out
     )
 
-    cohort = Cohort(
-        manifest, group, max_excluded=config.data.max_excluded, excluded_csv=folder / "excluded.csv"
-    )  # fmt: skip
     data = config.data
     spec = TileSpec(
         tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue, default_mpp_um=data.default_mpp_um
     )
+    cohort = Cohort(manifest, group, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
     cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
     _describe(cohort)
 
     steps = len(cohort.usable("train"))
     schedule = Schedule(round(config.optim.warmup_epochs * steps), config.run.epochs * steps)
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and _has_bf16(device))
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
-    bf16 = uses_bf16(ds_config) if ds_config is not None else bf16
-    model = make_model(config, classes=len(manifest.classes), bf16=bf16).to(device)
     strategy = _make_strategy(model, config, schedule, ds_config, device)
     log.info(
         "%s (%.1f M parameters) + %s, %s, %s", config.model.encoder, _count_parameters(model) / 1e6,
         config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
     )  # fmt: skip
-    if group.rank == 0 and not config.resume:
-        record_run(folder, config, ds_config, manifest.classes)
-
     checkpoints = Checkpoints(folder / "checkpoints", group, strategy.name)
-    progress = Progress(excluded={})
-    if config.resume:
-        progress = _resume(checkpoints, strategy, cohort)
+    progress = _resume(checkpoints, strategy, cohort) if config.resume else Progress(excluded={})
+    if group.rank == 0:
+        record_run(folder, config, ds_config, classes)
     reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
     run_log = RunLog(folder, main=group.rank == 0, steps=schedule.total_steps, done=progress.step)
-    objective = CrossEntropy(config.optim.class_weights, len(manifest.classes)).to(device)
+    objective = CrossEntropy(weights, len(classes)).to(device)
     try:
         Trainer(config, cohort, strategy, objective, reader, checkpoints, run_log, group, folder).fit(progress)
     finally:
@@ -175,20 +170,20 @@ def _make_strategy(
 
 
 def _read_ds_config(config: Config) -> dict[str, Any] | None:
-    """ds.json, if there is one, after a first look at whether it agrees with the recipe."""
+    """ds.json, if there is one."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.deepspeed_config is None:
         if ranks > 1:
             raise ConfigError(f"{ranks} ranks were started, which takes --deepspeed_config ds.json")
         return None
-    content = read_ds_config(config.deepspeed_config)
-    complete_ds_config(content, config, Schedule(0, 0), bf16=False)
-    return content
+    return read_ds_config(config.deepspeed_config)
 
 
 def _demo_manifest(config: Config, group: TileGroup) -> Manifest:
     """The demo cohort's, drawn by the main rank where it is missing."""
     data = config.data
+    if len(data.classes) != 2:
+        raise ConfigError(f"--data.classes: the demo cohort has two, not {len(data.classes)}")
     folder = config.run.out / f"demo_cohort_{data.demo_slides}"
     log.info(
         "no --data.manifest given: training on the DEMO COHORT, %d slides that this program draws, in %s",
@@ -196,20 +191,22 @@ def _demo_manifest(config: Config, group: TileGroup) -> Manifest:
     )  # fmt: skip
     if group.rank == 0:
         begin = time.perf_counter()
-        negative, positive = data.classes
-        write_demo_cohort(folder, slides=data.demo_slides, classes=(negative, positive))
+        write_demo_cohort(folder, slides=data.demo_slides, classes=(data.classes[0], data.classes[1]))
         log.info("demo cohort ready (%.0f s)", time.perf_counter() - begin)
     group.barrier()
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _open_run_folder(config: Config, group: TileGroup) -> Path:
-    """The same on every rank: the main one looks, and makes it."""
+def _find_or_open_run_folder(config: Config, group: TileGroup) -> Path:
+    """The run's folder, the same on every rank: the main one looks, and makes it."""
     answer: Path | UserError | None = None
     if group.rank == 0:
         try:
-            answer = choose_run_folder(config.run.out, config.run.name, resume=config.resume)
-            answer.mkdir(parents=True, exist_ok=True)
+            if config.resume:
+                answer = find_run_folder(config.run.out, config.run.name)
+                check_same_settings(answer, config)
+            else:
+                answer = open_run_folder(config.run.out, config.run.name)
         except UserError as error:
             answer = error
         except OSError as error:
@@ -222,8 +219,6 @@ def _open_run_folder(config: Config, group: TileGroup) -> Path:
 
 
 def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort) -> Progress:
-    if not checkpoints.exists():
-        raise UserError(f"--resume: {checkpoints.folder} has no checkpoint; the run ended before its first epoch did")
     progress = checkpoints.load(strategy, "last")
     for slide_id, reason in progress.excluded.items():
         if slide_id in cohort.tilings and slide_id not in cohort.excluded:
@@ -248,7 +243,7 @@ def _count_parameters(model: torch.nn.Module) -> int:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices natively."""
+    """Whether the device runs bf16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()

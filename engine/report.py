@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: a table of predictions, and pictures of where the model looked."""
 
+import logging
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from slidescale.engine.config import DataConfig
 from slidescale.engine.data.cohort import Cohort, write_csv
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
+from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
 
 # Colours run from an eighth of the mean weight to eight times it, on a log scale: attention spans orders of magnitude.
 LARGEST_FOLD = 8.0
@@ -38,8 +42,12 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     in_turn = [prediction for turn in zip_longest(*by_class) for prediction in turn if prediction is not None]
     pictures = {}
     for row, _, _, weights in in_turn[:count]:
-        with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
-            picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
+        try:
+            with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
+                picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
+        except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
+            log.warning("no heatmap: %s", error)
+            continue
         pictures[f"{row.slide_id}_{classes[row.label]}"] = picture
     return pictures
 

@@ -3,31 +3,73 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config
 from slidescale.engine.errors import UserError
 
+# Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
+MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
+MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps"}
 
-def choose_run_folder(out: Path, name: str, *, resume: bool) -> Path:
-    """`out/name` for a new run, or `out/name-2`, `-3`, … when earlier runs have it; the latest of them to resume.
+
+def open_run_folder(out: Path, name: str) -> Path:
+    """Make `out/name`, or `out/name-2`, `-3`, … when earlier runs have it."""
+    for folder in _numbered(out, name):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("the numbers do not end")
+
+
+def find_run_folder(out: Path, name: str) -> Path:
+    """The latest of the runs called `name` that has a checkpoint.
 
     Raises:
-        UserError: there is no run to resume.
+        UserError: there is none.
     """
-    taken = []
-    candidate, number = out / name, 1
-    while candidate.exists():
-        taken.append(candidate)
-        number += 1
-        candidate = out / f"{name}-{number}"
-    if not resume:
-        return candidate
-    if not taken:
-        raise UserError(f"--resume: there is no run {out / name}")
-    return taken[-1]
+    runs = list(takewhile(Path.exists, _numbered(out, name)))
+    for folder in reversed(runs):
+        if (folder / "checkpoints" / "last").exists():
+            return folder
+    raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
+
+
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Refuse to resume a run with settings that would make it another run.
+
+    Raises:
+        UserError: lists what differs, with both values.
+    """
+    recorded = _flat(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+    wanted = _flat(config.as_dict())
+    different = [
+        f"--{name.replace('_', '-')} was {recorded.get(name)!r} and is {value!r}"
+        for name, value in wanted.items()
+        if name not in MAY_CHANGE and recorded.get(name) != value
+    ]
+    if different:
+        raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
+
+
+def _numbered(out: Path, name: str) -> Iterator[Path]:
+    yield out / name
+    for number in count(2):
+        yield out / f"{name}-{number}"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def record_run(folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...]) -> None:

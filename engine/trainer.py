@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +81,13 @@ class Trainer:
         for epoch in range(progress.epoch, self.config.run.epochs):
             totals = self._train_epoch(epoch, step)
             step += len(totals.losses)
-            result = self.evaluate("val")
-            improved = result.score >= best_score
-            best_score = max(result.score, best_score)
-            self._report(epoch, step, totals, result, improved=improved)
             progress = Progress(epoch=epoch + 1, step=step, best_score=best_score, excluded=self.cohort.excluded)
-            self.checkpoints.save(self.strategy, progress, best=improved)
+            self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
+            result = self.evaluate("val")
+            if improved := result.score >= best_score:
+                best_score = result.score
+                self.checkpoints.mark_best(replace(progress, best_score=best_score))
+            self._report(epoch, step, totals, result, improved=improved)
         if self.cohort.usable("test"):
             self.checkpoints.load(self.strategy, "best")
             result = self.evaluate("test")
@@ -112,7 +113,9 @@ class Trainer:
         strategy, model, group = self.strategy, self.strategy.model, self.group
         size = self.config.memory.chunk
         offset = group.share(bag.k).start
-        chunks = Chunks(tiles.to(strategy.device), size, group.chunk_count(bag.k, size), bag.seed, offset)
+        chunks = Chunks(
+            tiles.to(strategy.device, non_blocking=True), size, group.chunk_count(bag.k, size), bag.seed, offset
+        )
         with strategy.accumulate():
             features = encode(model, chunks).requires_grad_()
             with seeded(strategy.device, bag.seed, "aggregate", offset):
@@ -183,7 +186,7 @@ class Trainer:
         """Tell of an epoch: a line, scalars, and, when it is the best so far, predictions and pictures."""
         train_loss = float(np.mean(totals.losses)) if totals.losses else math.nan
         seconds = max(totals.seconds, 1e-9)
-        peak = peak_gib(self.strategy.device)
+        peak = max(self.group.gather_objects(peak_gib(self.strategy.device)))
         self.run_log.scalars({"epoch/train_loss": train_loss, "speed/peak_gib": peak}, step)
         if result.loss is not None:
             self.run_log.scalars({"epoch/val_loss": result.loss}, step)

@@ -1,7 +1,7 @@
 """EGFR mutation from H&E slides of lung adenocarcinoma: tile encoder and gated attention, trained end to end.
 
-The arrangement of Campanella et al. 2024, "Beyond Multiple Instance Learning: Full Resolution All-In-Memory
-End-To-End Pathology Slide Modeling".
+The task and the model's arrangement are those of Campanella et al. 2024, "Beyond Multiple Instance Learning: Full
+Resolution All-In-Memory End-To-End Pathology Slide Modeling"; encoder, rates and lengths are this recipe's own.
 
     deepspeed recipes/egfr.py --deepspeed_config ds.json --data.manifest slides.csv
 """

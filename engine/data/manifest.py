@@ -56,9 +56,13 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
     problems += _bad_splits(records, config)
     classes, label_problems = _classes(records, config)
     problems += label_problems
-    rows = []
+    rows: list[tuple[dict[str, str], Path]] = []
+    first: dict[str, int] = {}
     for number, record in records:
-        file = path.parent / record[config.path_column]
+        name = record[config.path_column]
+        file = path.parent / name
+        if name and first.setdefault(name, number) != number:
+            problems.append((number, f"file {name} already stands in row {first[name]}"))
         if record[config.path_column] and not file.is_file():
             problems.append((number, f"no file {file}"))
         rows.append((record, file))
@@ -92,11 +96,13 @@ def _read_records(path: Path, config: DataConfig) -> list[Record]:
             found = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = found
             records = [
-                (reader.line_num, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
-                for row in reader
+                (number, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
+                for number, row in enumerate(reader, start=2)
             ]
     except OSError as error:
         raise ManifestError(f"cannot read the manifest {path}: {error.strerror}") from None
+    except csv.Error as error:
+        raise ManifestError(f"{path} is not CSV: {error}") from None
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     missing = [

@@ -59,7 +59,7 @@ class TileReader:
 
     Args:
         threads: number of reader threads.
-        pin: allocate page-locked memory, from which copies to a GPU run in the background.
+        pin: allocate page-locked memory, from which copying to a GPU does not hold up the CPU.
     """
 
     def __init__(self, spec: TileSpec, *, threads: int, pin: bool) -> None:

@@ -1,5 +1,6 @@
 """Slide files: the only place that knows OpenSlide."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +12,8 @@ from slidescale.engine.errors import SlideError
 
 # How far the levels of a pyramid may miss a wanted resolution, and still be taken as they are or enlarged to it.
 RESOLUTION_TOLERANCE = 0.02
+# Level-0 pixels of one band of a large region.
+BAND_PX = 2**24
 
 
 class Slide:
@@ -57,9 +60,8 @@ class Slide:
         Raises:
             SlideError: the file is damaged here, or coarser than `mpp_um`.
         """
+        self.check_resolution(mpp_um)
         downsample = mpp_um / self.mpp_um
-        if downsample < 1 - RESOLUTION_TOLERANCE:
-            raise SlideError(f"{self.path}: has {self.mpp_um:.3g} µm/px, coarser than the {mpp_um:.3g} µm/px wanted")
         level = self._file.get_best_level_for_downsample(downsample * (1 + RESOLUTION_TOLERANCE))
         remainder = downsample / self._file.level_downsamples[level]
         stored_px = (max(1, round(size_px[0] * remainder)), max(1, round(size_px[1] * remainder)))
@@ -73,12 +75,28 @@ class Slide:
             image = image.resize(size_px, Image.Resampling.BILINEAR)
         return np.asarray(image)
 
+    def check_resolution(self, mpp_um: float) -> None:
+        """Raise SlideError if the slide is coarser than `mpp_um`: detail that was not scanned cannot be read."""
+        if mpp_um < self.mpp_um * (1 - RESOLUTION_TOLERANCE):
+            raise SlideError(f"{self.path}: has {self.mpp_um:.3g} µm/px, coarser than the {mpp_um:.3g} µm/px wanted")
+
+    def read_bands(self, size_px: tuple[int, int], mpp_um: float) -> Iterator[np.ndarray]:
+        """Read a large region from the slide's corner, in bands uint8 `[h, width, 3]` from top to bottom.
+
+        A band takes about as many stored pixels as `BAND_PX`, so that a file without a pyramid does not fill memory.
+        """
+        width, height = size_px
+        downsample = mpp_um / self.mpp_um
+        rows_a_band = max(1, int(BAND_PX / (width * downsample**2)))
+        for first in range(0, height, rows_a_band):
+            rows = min(rows_a_band, height - first)
+            yield self.read(0, round(first * downsample), (width, rows), mpp_um)
+
     def overview(self, max_px: int) -> np.ndarray:
-        """The whole slide, uint8 `[h, w, 3]`, its longer side at most `max_px`."""
-        try:
-            return np.asarray(self._file.get_thumbnail((max_px, max_px)).convert("RGB"))
-        except openslide.OpenSlideError as error:
-            raise SlideError(f"{self.path}: cannot read an overview: {error}") from None
+        """The whole slide, uint8 `[h, w, 3]`, its longer side `max_px` (or its own, where that is less)."""
+        downsample = max(1.0, max(self.width, self.height) / max_px)
+        size_px = (max(1, int(self.width / downsample)), max(1, int(self.height / downsample)))
+        return np.concatenate(list(self.read_bands(size_px, self.mpp_um * downsample)))
 
     def close(self) -> None:
         """Release the file."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,6 @@ MASK_PX_A_TILE = 8
 # Saturation that separates tissue from glass. Otsu's threshold adapts it to the stain, within bounds that keep an
 # empty slide from turning its noise into tissue, and a slide full of tissue from losing its paler half.
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.05, 0.12
-# Pixels of one read while looking for tissue, so that a slide without a pyramid does not fill memory.
-BAND_PX = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,9 @@ def tile_slide(slide: Slide, spec: TileSpec) -> Tiling:
     """Find the tissue of a slide and lay the grid.
 
     Raises:
-        SlideError: no tissue, or an unreadable file.
+        SlideError: no tissue, too coarse, smaller than a tile, or unreadable.
     """
+    slide.check_resolution(spec.mpp_um)
     side_px = spec.tile_px * spec.mpp_um / slide.mpp_um
     columns, rows = int(slide.width / side_px), int(slide.height / side_px)
     if columns == 0 or rows == 0:
@@ -85,7 +85,7 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
     with Slide(path, default_mpp_um=spec.default_mpp_um) as slide:
         tiling = tile_slide(slide, spec)
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
+    unfinished = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     with unfinished.open("wb") as file:
         np.savez(file, coords=tiling.coords, side_px=tiling.side_px)
     unfinished.replace(kept)
@@ -95,14 +95,8 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
 def _saturation(slide: Slide, side_px: float, columns: int, rows: int) -> np.ndarray:
     """HSV saturation, float `[rows · 8, columns · 8]`, aligned with the grid."""
     mask_mpp_um = max(slide.mpp_um, slide.mpp_um * side_px / MASK_PX_A_TILE)
-    width = columns * MASK_PX_A_TILE
-    rows_a_band = max(1, int(BAND_PX / (columns * side_px * side_px)))
-    bands = []
-    for first in range(0, rows, rows_a_band):
-        height = min(rows_a_band, rows - first) * MASK_PX_A_TILE
-        image = slide.read(0, round(first * side_px), (width, height), mask_mpp_um)
-        bands.append(rgb2hsv(image)[..., 1])
-    return np.concatenate(bands)
+    bands = slide.read_bands((columns * MASK_PX_A_TILE, rows * MASK_PX_A_TILE), mask_mpp_um)
+    return np.concatenate([rgb2hsv(band)[..., 1] for band in bands])
 
 
 def _otsu(values: np.ndarray) -> float:

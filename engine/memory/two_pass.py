@@ -81,7 +81,8 @@ def seeded(device: torch.device, *key: int | str) -> Iterator[None]:
 def _encode_chunk(model: SlideModel, chunks: Chunks, rows: slice) -> Tensor:
     """Features `[n, D]` of one chunk.
 
-    A chunk is seeded by its first tile's index in the bag, so not by rank. A padding chunk encodes one blank tile,
+    A chunk is seeded by its first tile's index in the bag: whoever encodes it draws the same numbers (where dropout is
+    on, another number of ranks cuts other chunks, and so draws others). A padding chunk encodes one blank tile,
     since few networks take a batch of none, and returns no row of it.
     """
     tiles = chunks.tiles[rows]

@@ -77,7 +77,9 @@ class SlideNorm(nn.Module):
     same in all its tiles is lost to the classifier.
     """
 
-    EPS = 1e-10  # far below the variance of any live feature; a dead one, or a slide of one tile, becomes zeros
+    # Variance below which a feature says nothing: it becomes zeros, without the gradient that rounding would give it.
+    # So does every feature of a slide of one tile.
+    DEAD = 1e-10
 
     def forward(self, features: Tensor, group: TileGroup) -> Tensor:
         """`[K_local, D]` to the same, of mean 0 and variance 1 over the tile group: two sums of D numbers."""
@@ -85,7 +87,7 @@ class SlideNorm(nn.Module):
         k = group.sum(ones.sum())
         centred = features - group.sum(features.sum(dim=0)) / k
         variance = group.sum(centred.square().sum(dim=0)) / k
-        return centred * torch.rsqrt(variance + self.EPS)
+        return centred * torch.rsqrt(variance.clamp_min(self.DEAD)) * (variance > self.DEAD)
 
 
 class Aggregator(nn.Module):

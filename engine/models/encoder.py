@@ -84,4 +84,7 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) 
         published = timm.get_pretrained_cfg(name, allow_unregistered=True)
         if published is not None and published.fixed_input_size:
             options["img_size"] = tile_px
-    return timm.create_model(name, **options)
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, ValueError, OSError) as error:  # an unknown tag, weights that do not fit, no network
+        raise ConfigError(f"model.encoder {name}: {error}") from error

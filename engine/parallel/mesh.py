@@ -12,7 +12,7 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 
 # Ranks wait for each other while one searches a large slide for tissue or writes a checkpoint. A rank that has died
 # is noticed at once, by its closed connection; this ends only a world in which one hangs.
-PATIENCE = timedelta(minutes=30)
+PATIENCE = timedelta(hours=2)
 
 
 def is_main_rank() -> bool:
@@ -26,14 +26,14 @@ def pick_device(local_rank: int) -> torch.device:
     Raises:
         ConfigError: more ranks on this machine than GPUs.
     """
+    # torchrun and DeepSpeed's launcher call the number of ranks on this machine differently.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
     if not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
-            # torchrun and DeepSpeed's launcher call the number of ranks on this machine differently.
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    if local_ranks > torch.cuda.device_count():
+        raise ConfigError(f"{local_ranks} ranks were started on a machine with {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

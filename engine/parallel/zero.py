@@ -60,7 +60,9 @@ class ZeroStrategy(Strategy):
                 model_parameters=parameter_groups,
                 optimizer=optimizer,
                 lr_scheduler=scheduler,
-                config=ds_config,
+                # The slide model runs its own autocast. DeepSpeed's would also round gradients to bf16 to reduce them,
+                # on a single rank too (its runtime/torch_autocast.py).
+                config=ds_config | {"torch_autocast": {"enabled": False}},
                 dist_init_required=False,
             )
         self.model = model
