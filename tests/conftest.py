@@ -62,3 +62,15 @@ def edit_manifest(path: Path, change: Callable[[list[dict[str, str]]], list[dict
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def damage(slide: Path) -> None:
+    """Blank the second half of the file's pixels: it opens, and cannot be read everywhere."""
+    content = bytearray(slide.read_bytes())
+    content[2_000 : len(content) // 3] = bytes(len(content) // 3 - 2_000)
+    slide.write_bytes(content)

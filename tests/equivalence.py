@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slidescale.engine.config import Config, MemoryConfig, ModelConfig, RunConfig
 from slidescale.engine.data.bag import Bag
 from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.errors import TrainingError
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
@@ -88,6 +89,8 @@ def make_strategy(name: str, model: SlideModel) -> Strategy:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        # What a run under bf16 passes: the model's own autocast must not make DeepSpeed round its gradients.
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "zero_optimization": {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0},
     }
     return ZeroStrategy(model, [{"params": list(model.parameters())}], optimizer, None, ds_config=ds_config)
@@ -174,3 +177,39 @@ def skipped_chunk() -> Iterator[None]:
         yield
     finally:
         trainer.backpropagate = original
+
+
+def refused_step(group: TileGroup, strategy: str, what: str) -> tuple[str, float]:
+    """The error of a step whose loss or gradient is not finite, and how far the parameters moved in it."""
+    model = make_model("test_resnet", "mean", torch.float32)
+    engine = make_strategy(strategy, model)
+    before = plain_copy(model)
+
+    class Broken(CrossEntropy):
+        def forward(self, logits: Tensor, label: int) -> Tensor:
+            loss = super().forward(logits, label)
+            if what == "loss":
+                return loss * torch.nan
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+            return loss
+
+    config = Config(run=RunConfig(name="test"), model=ModelConfig(), memory=MemoryConfig(chunk=2))
+    unused: Any = None
+    trainer = Trainer(config, unused, engine, Broken((), 2), unused, unused, unused, group, unused)
+    bag, tiles = make_bags()[0]
+    try:
+        trainer.train_step(bag, tiles[group.share(bag.k)])
+    except TrainingError as error:
+        return str(error), worst_error(before, model)
+    return "no error", worst_error(before, model)
+
+
+def plain_copy(model: SlideModel) -> dict[str, Tensor]:
+    """The parameters, whole also under ZeRO-3."""
+    import deepspeed
+
+    copies = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            copies[name] = parameter.detach().clone()
+    return copies

@@ -28,9 +28,21 @@ def test_the_projects_own_ds_json_takes_everything_from_the_recipe() -> None:
 
 
 def test_deepspeeds_schedulers_take_the_recipes_lengths() -> None:
-    auto = ("warmup_type", "warmup_min_ratio", "warmup_num_steps", "cos_min_ratio", "total_num_steps")
-    ds = complete({"scheduler": {"type": "WarmupCosineLR", "params": dict.fromkeys(auto, "auto")}})
-    assert ds["scheduler"]["params"] == dict(zip(auto, ("linear", 0.0, 10, 0.1, 100), strict=True))
+    auto = {"warmup_type": "auto", "warmup_num_steps": "auto"}
+    ds = complete({"scheduler": {"type": "WarmupCosineLR", "params": auto | {"warmup_min_ratio": 0.1}}})
+    assert ds["scheduler"]["params"] == {
+        "warmup_type": "linear",
+        "warmup_num_steps": 10,
+        "warmup_min_ratio": 0.1,
+        "cos_min_ratio": 0.1,
+        "total_num_steps": 100,
+    }
+    stated = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 100, "warmup_num_steps": "auto"}}}
+    assert complete(stated)["scheduler"]["params"]["warmup_max_lr"] == 3e-4
+    first_look = complete_ds_config(stated, CONFIG, None, bf16=False)
+    assert first_look["scheduler"]["params"]["total_num_steps"] == 100, "step counts are not known yet"
+    with pytest.raises(ConfigError, match="scheduler.type is 'OneCycle'; use WarmupLR"):
+        complete({"scheduler": {"type": "OneCycle"}})
 
 
 def test_clipping_is_always_explicit() -> None:

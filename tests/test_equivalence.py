@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from equivalence import BAG_SIZES, compare, dropped_merge_term, skipped_chunk
+from equivalence import BAG_SIZES, compare, dropped_merge_term, refused_step, skipped_chunk
 from worlds import World
 
 GetWorld = Callable[[int], World]
@@ -52,11 +52,22 @@ def test_one_process_without_deepspeed(world: GetWorld) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["mean", "zero2", "zero3"])
-@pytest.mark.parametrize("bug", [dropped_merge_term, skipped_chunk])
+@pytest.mark.parametrize("bug", [dropped_merge_term, refused_step, skipped_chunk])
 def test_a_planted_bug_is_caught(world: GetWorld, strategy: str, bug: Callable) -> None:
     """The comparison fails, by far, when one rank's term or one chunk is missing."""
     errors = world(2).run(_compare_with_bug, strategy, bug)
     assert min(errors) > 100 * FP32_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_is_refused(world: GetWorld, strategy: str, what: str) -> None:
+    """On every rank alike, with the slide's name, and without moving a parameter."""
+    for message, moved in world(2).run(refused_step, strategy, what):
+        assert message.startswith("slide slide-0: ")
+        assert what in message
+        assert "no optimizer step was taken" in message
+        assert moved == 0
 
 
 def _compare_fp64(group, strategy: str, pooling: str, chunk: int, encoder: str) -> float:

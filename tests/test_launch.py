@@ -1,6 +1,5 @@
 """The command as users type it: ranks, output, errors, and the loss of a rank."""
 
-import csv
 import os
 import re
 import signal
@@ -12,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import edit_manifest
+from conftest import damage, edit_manifest, read_csv
 
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
-SMALL += ["--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
+SMALL += ["--data.max-excluded", "0.2", "--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
 # A launcher that has not ended by then hangs.
 PATIENCE_S = 240
 
@@ -50,13 +49,15 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture
 def with_real_slide(cohort_copy: Path, real_slide: Path) -> Path:
-    """A few drawn slides and the real one, in the train split."""
+    """A few drawn slides, one damaged inside, and the real one, in the train split."""
     row = {"slide_id": "real", "case_id": "real", "path": str(real_slide), "label": "mutant", "split": "train"}
 
     def change(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-        return [*rows, row]
+        cases = sorted({row["case_id"] for row in rows if row["split"] == "val"})
+        return [row, *(old | {"split": "test"} if old["case_id"] == cases[0] else old for old in rows)]
 
     edit_manifest(cohort_copy, change)
+    damage(cohort_copy.parent / "slides" / "slide-000.svs")
     return cohort_copy
 
 
@@ -76,13 +77,20 @@ def test_two_ranks_train_as_one_process_does(with_real_slide: Path, tmp_path: Pa
     # Adam turns rounding into steps where a gradient is near zero, so the two drift apart, slowly.
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert max(ours) / min(ours) > 1.05, "and the losses are not all one"
-    with (out / "two" / "predictions.csv").open() as file:
-        assert len(list(csv.DictReader(file))) > 1
+    for name in ("predictions.csv", "predictions_test.csv"):
+        one_rows, two_rows = read_csv(out / "one" / name), read_csv(out / "two" / name)
+        assert len(one_rows) == len(two_rows) > 0
+        for one_row, two_row in zip(one_rows, two_rows, strict=True):
+            assert float(one_row["probability"]) == pytest.approx(float(two_row["probability"]), abs=1e-3)
+    for run in ("one", "two"):
+        assert [row["slide_id"] for row in read_csv(out / run / "excluded.csv")] == ["slide-000"]
 
     resumed = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "2", "--resume", ranks=2))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resumed after epoch 1" in resumed.stdout + resumed.stderr
     assert (out / "two" / "checkpoints" / "last").resolve().name == "epoch-0002"
+    changed = launch(command(with_real_slide, out, "--run.name", "two", "--resume", "--optim.lr", "0.5", ranks=None))
+    assert "--optim.lr was 0.0001 and is 0.5" in changed.stderr
     other = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "2", "--resume", ranks=None))
     assert other.returncode != 0
     assert "written by zero2 on 2 ranks, and this run is single on 1 ranks" in other.stderr

@@ -12,7 +12,7 @@ HEADER = "slide_id,case_id,path,label,split\n"
 
 
 def write(folder: Path, text: str) -> Path:
-    for name in ("a.svs", "b.svs", "c.svs"):
+    for name in ("a.svs", "b.svs", "c.svs", "e.svs", "f.svs", "g.svs"):
         (folder / name).touch()
     manifest = folder / "m.csv"
     manifest.write_text(text, encoding="utf-8")
@@ -50,20 +50,22 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         "a,p2,b.svs,mut,train\n"
         "c,p1,c.svs,mut,val\n"
         "d,p4,missing.svs,mut,val\n"
-        "e,p5,a.svs,,test\n"
-        "f,p6,a.svs,mutt,test\n"
-        "g,p7,a.svs,mut,trian\n"
+        "e,p5,e.svs,,test\n"
+        "f,p6,f.svs,mutt,test\n"
+        "g,p7,g.svs,mut,trian\n"
+        "h,p8,g.svs,mut,val\n"
     )
     with pytest.raises(ManifestError) as caught:
         read_manifest(write(tmp_path, text), DataConfig(classes=("wt", "mut")))
     lines = str(caught.value).splitlines()
-    assert lines[0].endswith("has 6 problems:")
+    assert lines[0].endswith("has 7 problems:")
     for expected in (
         "row 3: slide_id 'a' already stands in row 2",
         "row 4: case 'p1' is in split 'val', and in 'train' in row 2",
         f"row 5: no file {tmp_path / 'missing.svs'}",
         "row 6: label is empty",
         "row 7: label 'mutt' is not among data.classes: wt, mut, did you mean 'mut'?",
+        "row 9: file g.svs already stands in row 8",
         "row 8: unknown split 'trian'; use train, val, test, did you mean 'train'?",
     ):
         assert f"  {expected}" in lines, str(caught.value)

@@ -1,6 +1,5 @@
 """Whole runs in this process: what they write, how they resume, and what bad input does to them."""
 
-import csv
 import json
 import shutil
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from slidescale.engine.errors import TrainingError, UserError
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.trainer import Trainer
 
-from conftest import edit_manifest
+from conftest import damage, edit_manifest, read_csv
 
 
 def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
@@ -35,20 +34,8 @@ def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
     )
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)["model"]
-
-
-def damage(slide: Path) -> None:
-    """Blank the second half of the file's pixels: it opens, and cannot be read everywhere."""
-    content = bytearray(slide.read_bytes())
-    content[2_000 : len(content) // 3] = bytes(len(content) // 3 - 2_000)
-    slide.write_bytes(content)
 
 
 def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
@@ -105,7 +92,7 @@ def test_a_taken_name_gets_a_number(demo_manifest: Path, tmp_path: Path) -> None
 
 
 def test_nothing_to_resume(demo_manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no run"):
+    with pytest.raises(UserError, match="there is no run .* with a checkpoint"):
         main.run(make_config(demo_manifest, tmp_path, resume=True))
 
 
