@@ -52,7 +52,7 @@ def test_one_process_without_deepspeed(world: GetWorld) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["mean", "zero2", "zero3"])
-@pytest.mark.parametrize("bug", [dropped_merge_term, refused_step, skipped_chunk])
+@pytest.mark.parametrize("bug", [dropped_merge_term, skipped_chunk])
 def test_a_planted_bug_is_caught(world: GetWorld, strategy: str, bug: Callable) -> None:
     """The comparison fails, by far, when one rank's term or one chunk is missing."""
     errors = world(2).run(_compare_with_bug, strategy, bug)
