@@ -36,6 +36,7 @@ class Cohort:
         Raises:
             UserError: too many slides are unusable, or a split has none left.
         """
+        log.info("finding the tissue of %d slides (kept in %s)", len(self.manifest.rows), cache)
         mine = self.manifest.rows[self._group.rank :: self._group.size]
         with ThreadPoolExecutor(threads) as pool:
             found = dict(pool.map(lambda row: (row.slide_id, _try_tiling(row, spec, cache)), mine))
