@@ -57,6 +57,8 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
             self._point("last", target)
+            if not (self.folder / "best").exists():  # the first one, until it is validated
+                self._point("best", target)
             self._prune()
         self._group.barrier()
 
