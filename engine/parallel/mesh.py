@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 # Ranks wait for each other while one searches a large slide for tissue or writes a checkpoint. A rank that has died
@@ -40,7 +40,11 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def start_world(device: torch.device) -> TileGroup:
-    """Meet the other ranks that the launcher started (or be the only one); all of them share each slide."""
+    """Meet the other ranks that the launcher started (or be the only one); all of them share each slide.
+
+    Raises:
+        UserError: they cannot meet, for example because the port is taken.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -49,7 +53,14 @@ def start_world(device: torch.device) -> TileGroup:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # Tensors on a GPU travel by NCCL; Python objects, and everything on a CPU machine, by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks cannot meet at {where}: {error}. Where another run has the port, choose one with "
+            "deepspeed --master_port"
+        ) from None
     return TileGroup(dist.get_rank(), dist.get_world_size())
 
 
