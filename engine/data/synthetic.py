@@ -150,7 +150,7 @@ def _is_complete(stamp: Path, parameters: dict, files: list[Path]) -> bool:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` and rename it to `path` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
 
