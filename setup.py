@@ -45,7 +45,8 @@ setup(
         "matplotlib>=3.10",
     ],
     extras_require={
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "psutil>=6"],
+        "lora": ["peft>=0.21,<1"],
+        "test": ["pytest>=9", "pytest-timeout>=2.4", "psutil>=6", "peft>=0.21,<1"],
         "bench": ["psutil>=6"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3"],
     },

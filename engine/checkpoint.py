@@ -5,10 +5,11 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from slidescale.engine.errors import UserError
 from slidescale.engine.parallel.strategy import Strategy
-from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.parallel.rank_group import RankGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,74 +21,74 @@ class Progress:
     Attributes:
         epoch: epochs completed.
         step: optimizer steps taken.
+        slides_a_step: slides of an optimizer step, S × A.
         best_score: of the best epoch so far (see `Trainer`); empty before the first.
         excluded: slides set aside, with the reason.
     """
 
     epoch: int = 0
     step: int = 0
+    slides_a_step: int
     best_score: tuple[float, ...] = ()
     excluded: dict[str, str]
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: one an epoch, of which `best` and `last` (links) are kept.
+    """The folder of a run's checkpoints: one an epoch, of which `best` and `last` (links) are kept."""
 
-    Args:
-        strategy_name: under which the states are written; they cannot be read under another.
-    """
 
-    def __init__(self, folder: Path, group: TileGroup, strategy_name: str) -> None:
+    def __init__(self, folder: Path, world: RankGroup) -> None:
         self.folder = folder
-        self._group = group
-        self._written_by = {"strategy": strategy_name, "ranks": group.size}
+        self._world = world
 
     def save(self, strategy: Strategy, progress: Progress) -> None:
         """Write a checkpoint and call it `last`; every rank calls it. Earlier ones stay until it is complete."""
         target = self.folder / f"epoch-{progress.epoch:04d}"
         unfinished = target.with_suffix(".unfinished")
-        if self._group.rank == 0:
+        if self._world.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        self._group.barrier()
+        self._world.barrier()
         strategy.save(unfinished)
-        self._group.barrier()
-        if self._group.rank == 0:
-            self._write_progress(unfinished, progress)
+        self._world.barrier()
+        if self._world.rank == 0:
+            self._write_progress(unfinished, progress, strategy.checkpoint_format)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
             self._point("last", target)
             if not (self.folder / "best").exists():  # the first one, until it is validated
                 self._point("best", target)
             self._prune()
-        self._group.barrier()
+        self._world.barrier()
 
     def mark_best(self, progress: Progress) -> None:
         """Call `last` also `best`, and keep the score in it; every rank calls it."""
-        if self._group.rank == 0:
+        if self._world.rank == 0:
             target = (self.folder / "last").resolve()
             self._point("best", target)
-            self._write_progress(target, progress)
+            self._write_progress(target, progress, _read_progress(target)["format"])
             self._prune()
-        self._group.barrier()
+        self._world.barrier()
 
     def load(self, strategy: Strategy, name: str) -> Progress:
         """Restore "last" or "best"; every rank calls it.
 
         Raises:
-            UserError: it was written by another strategy or number of ranks.
+            UserError: it was written in another format.
         """
         folder = (self.folder / name).resolve()
-        content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        if content["written_by"] != self._written_by:
-            then, now = ("{strategy} on {ranks} ranks".format(**by) for by in (content["written_by"], self._written_by))
-            raise UserError(f"{folder} was written by {then}, and this run is {now}: resume with the same")
+        content = _read_progress(folder)
+        if content["format"] != strategy.checkpoint_format:
+            raise UserError(
+                f"{folder} was written by {content['format']}, and this run is {strategy.checkpoint_format}: "
+                "resume with the same"
+            )
         strategy.load(folder)
         progress = content["progress"]
         return Progress(**(progress | {"best_score": tuple(progress["best_score"])}))
 
-    def _write_progress(self, folder: Path, progress: Progress) -> None:
-        text = json.dumps({"progress": asdict(progress), "written_by": self._written_by}, indent=2)
+    def _write_progress(self, folder: Path, progress: Progress, written_format: str) -> None:
+        text = json.dumps({"progress": asdict(progress), "format": written_format}, indent=2)
         unfinished = folder / "progress.json.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(folder / "progress.json")
@@ -104,3 +105,7 @@ class Checkpoints:
         for folder in self.folder.glob("epoch-*"):
             if folder.resolve() not in kept:
                 shutil.rmtree(folder)
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import PoolingName
+from slidescale.engine.models.transformer import SpreadName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,18 @@ class ModelConfig:
     """Start from the weights timm publishes for the encoder (downloaded from the hub, or in its local cache)."""
     weights: Path | None = None
     """Start from a local state dict of the encoder (.pth or .safetensors) instead."""
+    drop_path: float = 0.0
+    """Largest probability of leaving out a residual block of the encoder for a tile (stochastic depth), 0 to 1."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank in the encoder's linear layers instead of its weights (LoRA, by the peft
+    package); 0: train the weights."""
+    transformer_layers: int = 0
+    """Transformer layers in which a slide's tiles attend to each other before they are pooled."""
+    transformer_heads: int = 8
+    """Attention heads of each transformer layer."""
+    transformer_spread: SpreadName = "split"
+    """Over ranks, each transforms its own tiles and sees the others' keys and values (split), or each gathers all
+    features and transforms them all (gathered); the results are equal."""
     pooling: PoolingName = "gated_attention"
     """How tiles' features become the slide's."""
     slide_norm: bool = False
@@ -84,10 +99,18 @@ class ModelConfig:
     attention_dim: int = 384
     """Width of the attention gate (gated_attention only)."""
     dropout: float = 0.25
-    """Probability of dropout after each projection layer, 0 to 1."""
+    """Probability of dropout after each projection layer, and on what a transformer layer adds, 0 to 1."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
+        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must be a probability from 0, below 1")
+        _require(self.lora_rank >= 0, "model.lora_rank", self.lora_rank, "must be 0 or a rank")
+        _require(self.transformer_layers >= 0, "model.transformer_layers", self.transformer_layers, "must be 0 or more")
+        _require(self.transformer_heads >= 1, "model.transformer_heads", self.transformer_heads, "must be at least 1")
+        if self.transformer_layers:
+            divisor = math.lcm(4, self.transformer_heads)
+            rule = f"must be a multiple of 4 and of model.transformer_heads, of {divisor}"
+            _require(self.hidden_dim % divisor == 0, "model.hidden_dim", self.hidden_dim, rule)
         _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
         _require(self.attention_dim >= 1, "model.attention_dim", self.attention_dim, "must be at least 1")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be a probability from 0, below 1")
@@ -95,26 +118,75 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What a step may hold in memory."""
+    """What a step may hold in memory, and how it keeps to that."""
 
-    chunk: int = 32
-    """Tiles that go through the encoder at once; activation memory grows with this, and not with K."""
+    policy: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    """What becomes of the encoder's activations between forward and backward. recompute: encode twice, a chunk's at a
+    time; keep: store all; offload: store all, away from the device; auto: keep as many chunks' as `budget` has room
+    for, and recompute the others'."""
+    budget: str = "auto"
+    """Memory that a rank's process may take in all (the device's on a GPU), such as 8GiB; auto: what is free at the
+    start, less a reserve. For policy auto, and for chunk auto."""
+    chunk: int | Literal["auto"] = "auto"
+    """Tiles that go through the encoder at once; auto: as many as are fast, and fit."""
+    checkpoint_blocks: bool = False
+    """Let each block of the encoder forget its inner activations and compute them again (activation checkpointing),
+    for encoders of which not even a few tiles fit; goes with every policy."""
+    offload_to: Literal["auto", "host", "disk"] = "auto"
+    """Where policy offload stores: page-locked memory of the host (GPUs only), or files; auto: host on a GPU."""
+    offload_folder: Path | None = None
+    """Folder for the files of offload_to disk, on a fast local disk; none: `offload` in the run's folder."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
-        _require(self.chunk >= 1, "memory.chunk", self.chunk, "must be at least 1 tile")
+        _require(self.chunk == "auto" or self.chunk >= 1, "memory.chunk", self.chunk, "must be auto, or at least 1 tile")
+        if self.budget != "auto":
+            parse_size(self.budget, "--memory.budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share the work and the model."""
+
+    strategy: Literal["auto", "single", "ddp", "zero", "fsdp"] = "auto"
+    """Who holds parameters, gradients and optimizer state. single: one process; ddp: every rank all of it; zero:
+    DeepSpeed, as its ds.json says; fsdp: PyTorch's FSDP2. auto: zero with a ds.json, else ddp or single."""
+    tile_ranks: int | Literal["all"] = "all"
+    """Ranks that share one slide's tiles; the number of ranks is a multiple of it, and the quotient is the number of
+    slides that a step takes side by side."""
+    fsdp_offload: bool = False
+    """Keep fsdp's parameters, gradients and optimizer state in the host's memory."""
+    fsdp_hold: bool = False
+    """Gather fsdp's parameters once a step and not once a chunk, where they fit as a whole."""
+    fsdp_gather_bf16: bool = False
+    """Gather fsdp's parameters in bf16, for half of the traffic; gradients still add up in fp32."""
+    fsdp_shard: Literal["world", "tiles"] = "world"
+    """Ranks that fsdp spreads the model over: all, or those that share a slide, with a copy for each slide (HSDP)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        _require(
+            self.tile_ranks == "all" or self.tile_ranks >= 1,
+            "parallel.tile_ranks", self.tile_ranks, "must be all, or at least 1 rank",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Objective, optimizer and schedule: AdamW, linear warm-up, cosine decay, unless ds.json names others."""
+    """Objective, optimizer and schedule: linear warm-up and cosine decay, unless ds.json names others."""
 
+    optimizer: Literal["adamw", "sgd", "apex_adam", "apex_lamb"] = "adamw"
+    """Optimizer, where ds.json names none: PyTorch's AdamW or SGD, or FusedAdam or FusedLAMB of NVIDIA's apex."""
+    accumulate: int = 1
+    """Slides whose gradients are added up before a step, one after another (times those side by side)."""
     lr: float = 1e-4
     """Peak learning rate of the aggregator."""
     encoder_lr_scale: float = 1.0
     """Peak learning rate of the encoder, as a share of `lr`."""
+    layer_decay: float = 1.0
+    """Factor on the encoder's learning rate from each of its layers to the one before (layer-wise decay), 0 to 1."""
     weight_decay: float = 0.04
-    """Decoupled weight decay of matrices; biases and normalisation layers get none."""
+    """Decoupled weight decay of matrices (sgd adds it to the gradient); biases and normalisation layers get none."""
     warmup_epochs: float = 1.0
     """Length of the linear warm-up, in epochs."""
     min_lr_ratio: float = 0.01
@@ -128,6 +200,8 @@ class OptimConfig:
         """Refuse values without a meaning."""
         _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         _require(self.encoder_lr_scale > 0, "optim.encoder_lr_scale", self.encoder_lr_scale, "must be positive")
+        _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, "must be at least 1 slide")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must be above 0, at most 1")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "must not be negative")
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must be a share from 0 to 1")
@@ -169,6 +243,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     resume: bool = False
     """Continue the latest run of this name from its last checkpoint."""

@@ -73,18 +73,25 @@ def complete_ds_config(
         elif section[key] != value:
             problems.append(f"{where}{key} is {section[key]!r} and {ours} is {value!r}")
 
-    slides = "slides a step, which all ranks share,"
-    settle(ds, "train_micro_batch_size_per_gpu", 1, "", slides)
-    settle(ds, "gradient_accumulation_steps", 1, "", "the number of slides a step")
+    settle(ds, "train_micro_batch_size_per_gpu", 1, "", "the number of slides of a tile group at a time")
+    settle(ds, "gradient_accumulation_steps", config.optim.accumulate, "", "--optim.accumulate")
     if ds.pop("train_batch_size", "auto") != "auto":
         problems.append('train_batch_size follows from the number of ranks: leave it out, or set it to "auto"')
     settle(ds, "gradient_clipping", config.optim.clip, "", "--optim.clip")
     if optimizer := ds.get("optimizer"):
+        if config.optim.optimizer != "adamw" and config.optim.optimizer != str(optimizer.get("type")).lower():
+            problems.append(f"optimizer.type is {optimizer.get('type')!r} and --optim.optimizer is {config.optim.optimizer!r}")
         params = optimizer.setdefault("params", {})
         settle(params, "lr", config.optim.lr, "optimizer.params.", "--optim.lr")
         settle(params, "weight_decay", config.optim.weight_decay, "optimizer.params.", "--optim.weight-decay")
         for key in [key for key in ("betas", "eps") if params.get(key) == "auto"]:
             del params[key]  # the optimizer's own
+    elif config.optim.optimizer == "sgd":
+        ds.setdefault("zero_allow_untested_optimizer", True)  # it is elementwise, so its state can be split
+    elif config.optim.optimizer == "apex_lamb" and ds.get("zero_optimization", {}).get("stage", 0) > 0:
+        problems.append(
+            "--optim.optimizer apex_lamb needs whole parameters, which ZeRO splits: use stage 0, or another optimizer"
+        )
     if scheduler := ds.get("scheduler"):
         _settle_scheduler(scheduler, config, schedule, settle, problems)
     _settle_precision(ds, config, bf16, settle, problems)
@@ -114,8 +121,10 @@ def _settle_scheduler(
         problems.append(f"scheduler.type is {name!r}; use {', '.join(SCHEDULER_KEYS)}, or leave the scheduler out")
         return
     rates = [config.optim.lr, config.optim.lr * config.optim.encoder_lr_scale]
-    if "warmup_max_lr" in SCHEDULER_KEYS[name] and rates[0] != rates[1]:
-        problems.append(f"scheduler.type {name} has one rate for all, and --optim.encoder-lr-scale is not 1")
+    if "warmup_max_lr" in SCHEDULER_KEYS[name] and (rates[0] != rates[1] or config.optim.layer_decay != 1):
+        problems.append(
+            f"scheduler.type {name} has one rate for all, and --optim.encoder-lr-scale or --optim.layer-decay is not 1"
+        )
     values = {
         "warmup_max_lr": (config.optim.lr, "--optim.lr"),
         "cos_min_ratio": (config.optim.min_lr_ratio, "--optim.min-lr-ratio"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from slidescale.engine.data.bag import draw_bag
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
@@ -16,7 +17,7 @@ from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.metrics import auroc
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.parallel.mesh import Mesh
 
 # Chunks that are read while one is encoded.
 CHUNKS_AHEAD = 4
@@ -63,11 +64,11 @@ def evaluate(
     cohort: Cohort,
     reader: TileReader,
     objective: CrossEntropy,
-    group: TileGroup,
+    mesh: Mesh,
     chunk: int,
     device: torch.device,
 ) -> Evaluation:
-    """Predict slides; a slide that cannot be read is set aside, on every rank.
+    """Predict slides, each tile group its own; a slide that cannot be read is set aside, on every rank.
 
     Args:
         chunk: tiles that a rank encodes at once.
@@ -76,42 +77,57 @@ def evaluate(
         TrainingError: a loss is not finite; names the slide.
     """
     model.eval()
-    counts = [group.chunk_count(len(cohort.tilings[row.slide_id].coords), chunk) for row in rows]
-    readings = reader.ahead(_requests(rows, counts, cohort, group, chunk), CHUNKS_AHEAD)
-    predictions = []
-    for row, count in zip(rows, counts, strict=True):
+    rounds = [_Round(rows[at : at + mesh.slides], cohort, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
+    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
+    predictions: dict[str, Prediction] = {}
+    for each in rounds:
         features, fault = [], None
-        for _ in range(count):
+        for _ in range(each.count):
             reading = next(readings)
             try:
                 tiles = reading.wait()
             except SlideError as error:
                 # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped below.
-                tiles, fault = torch.zeros_like(reading.tiles), str(error)
-            features.append(
-                encode(model, Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0))
-            )
-        if cohort.has_fault(row, fault):
-            continue
+                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
+            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
+            features.append(encode(model, chunks).features)
+        cohort.exclude_faults(fault)
         with torch.no_grad():
-            logits, weights = model.aggregate(torch.cat(features), group)
-            loss = objective(logits, row.label).item()
-        if not math.isfinite(loss):
-            raise TrainingError(f"slide {row.slide_id}: the loss in validation is {loss}; the last checkpoint is kept")
-        probabilities = objective.probabilities(logits).cpu().numpy()
-        predictions.append(Prediction(row, probabilities, loss, group.gather_rows(weights).numpy()))
-    return _sum_up(predictions)
+            logits, weights = model.aggregate(torch.cat(features), each.bag.places.to(device), mesh.tiles)
+            loss = objective(logits, each.row.label).item()
+        weights = mesh.tiles.gather_rows(weights).numpy()
+        mine = Prediction(each.row, objective.probabilities(logits).cpu().numpy(), loss, weights)
+        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
+        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
+        for prediction in mesh.world.gather_objects(mine if speaks else None):
+            if prediction is None or prediction.row.slide_id in cohort.excluded:
+                continue
+            slide_id = prediction.row.slide_id
+            if not math.isfinite(prediction.loss):
+                raise TrainingError(
+                    f"slide {slide_id}: the loss in validation is {prediction.loss}; the last checkpoint is kept"
+                )
+            predictions[slide_id] = prediction
+    return _sum_up(list(predictions.values()))
 
 
-def _requests(
-    rows: list[ManifestRow], counts: list[int], cohort: Cohort, group: TileGroup, chunk: int
-) -> Iterator[TileRequest]:
-    """This rank's tiles of each slide, a chunk at a time; empty requests where other ranks have more."""
-    for row, count in zip(rows, counts, strict=True):
-        coords = cohort.tilings[row.slide_id].coords
-        mine = coords[group.share(len(coords))]
-        for index in range(count):
-            yield TileRequest(row.path, mine[index * chunk : (index + 1) * chunk])
+class _Round:
+    """Slides that the tile groups predict side by side; a group without one does as if it had the first."""
+
+    def __init__(self, rows: list[ManifestRow], cohort: Cohort, mesh: Mesh, chunk: int) -> None:
+        self.rows = rows
+        self.row = rows[mesh.slide] if mesh.slide < len(rows) else rows[0]
+        tilings = cohort.tilings
+        # Every rank of the world makes as many encoder calls as the fullest one.
+        self.count = max(mesh.tiles.chunk_count(len(tilings[row.slide_id].coords), chunk) for row in rows)
+        self.bag = draw_bag(self.row, tilings[self.row.slide_id], "all", seed=0, epoch=0)
+        self._mine = self.bag.coords[mesh.tiles.share(self.bag.k)]
+        self._chunk = chunk
+
+    def requests(self) -> Iterator[TileRequest]:
+        """This rank's tiles, a chunk at a time; empty requests where other ranks have more."""
+        for index in range(self.count):
+            yield TileRequest(self.row.path, self._mine[index * self._chunk : (index + 1) * self._chunk])
 
 
 def _sum_up(predictions: list[Prediction]) -> Evaluation:

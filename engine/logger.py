@@ -8,6 +8,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from slidescale.engine.checkpoint import Progress
+
 
 def configure_logging(main: bool) -> None:
     """Let the main rank speak, above its progress bar, and the others only of errors."""
@@ -39,15 +41,15 @@ class RunLog:
 
     Args:
         folder: where TensorBoard's event files go.
-        steps: training steps of the whole run, for the progress bar.
-        done: of these, taken before a resume.
+        slides: that the whole run trains on, for the progress bar.
+        progress: made before a resume.
     """
 
-    def __init__(self, folder: Path, *, main: bool, steps: int, done: int) -> None:
-        self._board = SummaryWriter(folder, purge_step=done + 1) if main else None
+    def __init__(self, folder: Path, *, main: bool, slides: int, progress: Progress) -> None:
+        self._board = SummaryWriter(folder, purge_step=progress.step + 1) if main else None
         # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
         self.bar = tqdm(
-            total=steps, initial=done, unit="slide", smoothing=0, dynamic_ncols=True, leave=False,
+            total=slides, initial=progress.step * progress.slides_a_step, unit="slide", smoothing=0, dynamic_ncols=True, leave=False,
             disable=not main or not sys.stderr.isatty(),
         )  # fmt: skip
 

@@ -1,13 +1,12 @@
 """From a recipe's command line to a trained model."""
 
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -21,17 +20,18 @@ from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config, uses_bf16
 from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.feed import Feed
 from slidescale.engine.logger import RunLog, configure_logging
 from slidescale.engine.memory.two_pass import seeded
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.optim import make_optimizer, make_scheduler, parameter_groups
-from slidescale.engine.parallel.mesh import is_main_rank, pick_device, start_world, stop_world
-from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
-from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.parallel.mesh import Mesh, is_main_rank, make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.parallel.select import make_strategy, select_strategy
+from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
+from slidescale.engine.step import TrainStep
 from slidescale.engine.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -74,52 +74,78 @@ def run(config: Config) -> Path:
         UserError: something about the input or the settings; no work is lost.
     """
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
+    strategy_name = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and _has_bf16(device))
-    ds_content = _read_ds_config(config)
+    ds_content = read_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     if ds_content is not None:
         bf16 = uses_bf16(complete_ds_config(ds_content, config, None, bf16=bf16))
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
-    group = start_world(device) if ds_content is not None else TileGroup()
-    manifest = manifest or _demo_manifest(config, group)
+    mesh = Mesh()
+    if strategy_name != "single":
+        start_world(device)
+        mesh = make_mesh(device, config.parallel.tile_ranks)
+    manifest = manifest or _demo_manifest(config, mesh)
     weights, classes = config.optim.class_weights, manifest.classes
     if weights and len(weights) != len(classes):
         raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
     model = make_model(config, classes=len(classes), bf16=bf16).to(device)
-    folder = _find_or_open_run_folder(config, group)
+    folder = _find_or_open_run_folder(config, mesh)
     log.info(
-        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, group.size, device.type, config.run.out
-    )
+        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, mesh.world.size, device.type,
+        config.run.out,
+    )  # fmt: skip
 
     data = config.data
     spec = TileSpec(
         tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue, default_mpp_um=data.default_mpp_um
     )
-    cohort = Cohort(manifest, group, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
+    cohort = Cohort(manifest, mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
     cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
     _describe(cohort)
 
-    steps = len(cohort.usable("train"))
+    slides_a_step = mesh.slides * config.optim.accumulate
+    steps = math.ceil(len(cohort.usable("train")) / slides_a_step)
     schedule = Schedule(round(config.optim.warmup_epochs * steps), config.run.epochs * steps)
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
-    strategy = _make_strategy(model, config, schedule, ds_config, device)
+    strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
     log.info(
-        "%s (%.1f M parameters) + %s, %s, %s", config.model.encoder, _count_parameters(model) / 1e6,
+        "%s (%.1f M parameters) + %s, %s, %s%s", config.model.encoder, _count_parameters(model) / 1e6,
         config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
+        f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
     )  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints", group, strategy.name)
-    progress = _resume(checkpoints, strategy, cohort) if config.resume else Progress(excluded={})
-    if group.rank == 0:
+    checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
+    progress = Progress(slides_a_step=slides_a_step, excluded={})
+    if config.resume:
+        progress = _resume(checkpoints, strategy, cohort, slides_a_step)
+    if mesh.world.rank == 0:
         record_run(folder, config, ds_config, classes)
-    reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
-    run_log = RunLog(folder, main=group.rank == 0, steps=schedule.total_steps, done=progress.step)
+    plan = plan_run(config, strategy, cohort, mesh)
     objective = CrossEntropy(weights, len(classes)).to(device)
+    offload = make_offload(plan, config, folder, mesh, device)
+    train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
+    reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
+    feed = Feed(config, cohort, reader, mesh, plan)
+    run_log = RunLog(
+        folder, main=mesh.world.rank == 0, slides=config.run.epochs * len(cohort.usable("train")), progress=progress
+    )
     try:
-        Trainer(config, cohort, strategy, objective, reader, checkpoints, run_log, group, folder).fit(progress)
+        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder).fit(progress)
     finally:
         reader.close()
         run_log.close()
+        if offload:
+            offload.close()
     log.info("results in %s: predictions.csv, heatmaps/, checkpoints/best", folder)
     return folder
+
+
+def plan_run(config, strategy, cohort, mesh):
+    import types
+    return types.SimpleNamespace(chunk=32, stored_chunks=lambda k: 0)
+
+
+def make_offload(plan, config, folder, mesh, device):
+    return None
 
 
 def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
@@ -131,7 +157,16 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             tile_px=config.data.tile_px,
             pretrained=settings.pretrained,
             weights=settings.weights,
+            drop_path=settings.drop_path,
+            lora_rank=settings.lora_rank,
         )
+        encoder.set_checkpointing(config.memory.checkpoint_blocks)
+        if settings.lora_rank and not (settings.pretrained or settings.weights):
+            log.warning(
+                "--model.lora-rank trains adapters of %s, whose own weights stay as they are, and these are random: "
+                "use --model.pretrained or --model.weights",
+                settings.encoder,
+            )
         if encoder.has_batch_norm() and not (settings.pretrained or settings.weights or settings.slide_norm):
             log.warning(
                 "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
@@ -146,40 +181,14 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             attention_dim=settings.attention_dim,
             dropout=settings.dropout,
             slide_norm=settings.slide_norm,
+            transformer_layers=settings.transformer_layers,
+            transformer_heads=settings.transformer_heads,
+            transformer_spread=settings.transformer_spread,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
 
 
-def _make_strategy(
-    model: SlideModel, config: Config, schedule: Schedule, ds_config: dict[str, Any] | None, device: torch.device
-) -> Strategy:
-    groups = parameter_groups(model, config.optim)
-    schedule_for = partial(make_scheduler, config=config.optim, schedule=schedule)
-    if ds_config is None:
-        optimizer = make_optimizer(groups, config.optim)
-        return SingleStrategy(model, optimizer, schedule_for(optimizer), device=device, clip=config.optim.clip)
-    from slidescale.engine.parallel.zero import ZeroStrategy  # DeepSpeed takes seconds to import
-
-    return ZeroStrategy(
-        model,
-        groups,
-        None if "optimizer" in ds_config else make_optimizer(groups, config.optim),
-        None if "scheduler" in ds_config else schedule_for,
-        ds_config=ds_config,
-    )
-
-
-def _read_ds_config(config: Config) -> dict[str, Any] | None:
-    """ds.json, if there is one."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.deepspeed_config is None:
-        if ranks > 1:
-            raise ConfigError(f"{ranks} ranks were started, which takes --deepspeed_config ds.json")
-        return None
-    return read_ds_config(config.deepspeed_config)
-
-
-def _demo_manifest(config: Config, group: TileGroup) -> Manifest:
+def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     """The demo cohort's, drawn by the main rank where it is missing."""
     data = config.data
     if len(data.classes) != 2:
@@ -189,18 +198,18 @@ def _demo_manifest(config: Config, group: TileGroup) -> Manifest:
         "no --data.manifest given: training on the DEMO COHORT, %d slides that this program draws, in %s",
         data.demo_slides, folder,
     )  # fmt: skip
-    if group.rank == 0:
+    if mesh.world.rank == 0:
         begin = time.perf_counter()
         write_demo_cohort(folder, slides=data.demo_slides, classes=(data.classes[0], data.classes[1]))
         log.info("demo cohort ready (%.0f s)", time.perf_counter() - begin)
-    group.barrier()
+    mesh.world.barrier()
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, group: TileGroup) -> Path:
+def _find_or_open_run_folder(config: Config, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
     answer: Path | UserError | None = None
-    if group.rank == 0:
+    if mesh.world.rank == 0:
         try:
             if config.resume:
                 answer = find_run_folder(config.run.out, config.run.name)
@@ -211,15 +220,21 @@ def _find_or_open_run_folder(config: Config, group: TileGroup) -> Path:
             answer = error
         except OSError as error:
             answer = UserError(f"cannot make the run's folder: {error}")
-    folder = group.gather_objects(answer)[0]
+    folder = mesh.world.gather_objects(answer)[0]
     if isinstance(folder, UserError):
         raise folder
     assert folder is not None
     return folder
 
 
-def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort) -> Progress:
+def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_a_step: int) -> Progress:
     progress = checkpoints.load(strategy, "last")
+    if progress.slides_a_step != slides_a_step:
+        raise UserError(
+            f"--resume: the run was begun with {progress.slides_a_step} slides a step, and this is {slides_a_step} "
+            "(tile groups side by side × --optim.accumulate): choose ranks, --parallel.tile-ranks and "
+            "--optim.accumulate so that it is the same"
+        )
     for slide_id, reason in progress.excluded.items():
         if slide_id in cohort.tilings and slide_id not in cohort.excluded:
             cohort.exclude(slide_id, reason)

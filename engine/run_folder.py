@@ -4,17 +4,21 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from slidescale.engine.config import Config
+from slidescale.engine.config import Config, MemoryConfig, ParallelConfig
 from slidescale.engine.errors import UserError
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
-MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps"}
+MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps", "optim.accumulate"}
+# Of optim.accumulate and parallel.tile_ranks, the checkpoint knows what matters: the slides of a step.
+MAY_CHANGE |= {f"memory.{field.name}" for field in fields(MemoryConfig)}
+MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)} | {"model.transformer_spread"}
 
 
 def open_run_folder(out: Path, name: str) -> Path:

@@ -1,39 +1,102 @@
 """The engine's steps beside plain single-process autograd; runs on every rank of a world."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from slidescale.engine.config import Config, MemoryConfig, ModelConfig, RunConfig
-from slidescale.engine.data.bag import Bag
-from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine import step
+from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.data.bag import draw_bag, epoch_order
+from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.manifest import Manifest, ManifestRow
+from slidescale.engine.data.prefetch import TileRequest
+from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import TrainingError
+from slidescale.engine.feed import Feed
+from slidescale.engine.memory import offload
 from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.ddp import DdpStrategy
+from slidescale.engine.parallel.fsdp import FsdpStrategy
+from slidescale.engine.parallel.mesh import Mesh, make_mesh
 from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.parallel.zero import ZeroStrategy
-from slidescale.engine.trainer import Trainer
+from slidescale.engine.step import TrainStep
 
-# Slides' tile counts, a step each. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1).
-# More than three steps, because several faults are right at the first step and wrong from the second.
+# Slides' tile counts. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1). More than
+# three steps, because several faults are right at the first step and wrong from the second.
 BAG_SIZES = (7, 5, 1, 2, 11)
 TILE_PX = 32
 LEARNING_RATE = 0.05
+FSDP_UNIT_NUMEL = 1_000  # the encoders are tiny, and must fall into several units all the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration of the engine.
+
+    Attributes:
+        strategy: "single", "mean" (see MeanReducer), "ddp", "zero0" to "zero3", "fsdp"; "+offload", "+hold", "+tiles"
+            for shards over the tile group.
+        policy: "keep", "recompute", "offload" (to disk), or "auto-N": N chunks' graphs are stored.
+        aggregator: a pooling, after "split+" or "gathered+" transformer layers or none, with "+slide_norm" or without.
+        optimizer: "sgd", or "adamw" with an epsilon large enough that it does not turn rounding into steps where a
+            gradient is near zero.
+        tile_ranks: T; 0 for all.
+        accumulate: A.
+        dropout: of encoder (stochastic depth) and aggregator.
+        steepness: factor on the loss.
+    """
+
+    strategy: str
+    policy: str = "recompute"
+    aggregator: str = "gated_attention"
+    encoder: str = "test_resnet"
+    optimizer: str = "sgd"
+    chunk: int = 2
+    dtype: str = "float32"
+    tile_ranks: int = 0
+    accumulate: int = 1
+    dropout: float = 0.0
+    checkpoint_blocks: bool = False
+    steepness: float = 1.0
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in vars(self).values() if value)
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """Stores so many chunks' graphs of every bag."""
+
+    chunk: int
+    stored: int
+
+    def stored_chunks(self, k: int) -> int:
+        return self.stored
 
 
 class MeanReducer(SingleStrategy):
-    """Hand-written data parallelism in any dtype: each gradient's mean over ranks, as DeepSpeed's reducers take it."""
+    """Hand-written data parallelism: each gradient's mean over ranks, one by one, for comparison."""
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, backwards: int) -> Iterator[None]:
         yield
         for parameter in self.model.parameters():
             assert parameter.grad is not None, "every parameter gets a gradient on every rank"
@@ -41,175 +104,319 @@ class MeanReducer(SingleStrategy):
             parameter.grad /= dist.get_world_size()
 
 
-def make_model(encoder: str, aggregator_name: Any, dtype: torch.dtype) -> SlideModel:
-    """A small model; without dropout, whose masks plain autograd would draw otherwise.
+class Reading:
+    """Tiles that are there already."""
 
-    Args:
-        aggregator_name: a pooling, with "+slide_norm" or without.
-    """
-    pooling, _, slide_norm = aggregator_name.partition("+")
-    torch.manual_seed(0)
-    tiles = Encoder(encoder, tile_px=TILE_PX)
-    aggregator = Aggregator(
-        tiles.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=0.0, slide_norm=bool(slide_norm)
+    def __init__(self, tiles: Tensor) -> None:
+        self._tiles = tiles
+
+    def wait(self) -> Tensor:
+        return self._tiles
+
+
+class MemoryReader:
+    """Answers for slides that exist only here."""
+
+    def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
+        for request in requests:
+            yield Reading(all_tiles(request.path)[request.coords[:, 0] // 10])
+
+
+@cache
+def all_tiles(path: Path) -> Tensor:
+    """uint8 `[K, 32, 32, 3]` of a slide."""
+    index = int(path.name)
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(0, 256, (BAG_SIZES[index], TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=generator)
+
+
+def make_config(case: Case) -> Config:
+    """The settings that the feed reads."""
+    return Config(
+        run=RunConfig(name="test"),
+        data=DataConfig(tile_px=TILE_PX),
+        model=ModelConfig(),
+        optim=OptimConfig(accumulate=case.accumulate),
     )
-    return SlideModel(tiles, aggregator).to(dtype)
 
 
-def make_bags() -> list[tuple[Bag, Tensor]]:
-    """Bags with all their tiles, uint8 `[K, 32, 32, 3]`."""
-    generator = torch.Generator().manual_seed(1)
-    bags = []
-    for index, k in enumerate(BAG_SIZES):
-        row = ManifestRow(f"slide-{index}", f"case-{index}", Path("none"), index % 2, "train")
-        tiles = torch.randint(0, 256, (k, TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=generator)
-        bags.append((Bag(row, torch.zeros(k, 2).long().numpy(), seed=index), tiles))
-    return bags
+def make_cohort(mesh: Mesh) -> Cohort:
+    """A slide for each bag size, its tiles scattered over a plane."""
+    rows = [
+        ManifestRow(f"slide-{index}", f"case-{index}", Path(str(index)), index % 2, "train")
+        for index in range(len(BAG_SIZES))
+    ]
+    cohort = Cohort(Manifest(tuple(rows), ("a", "b")), mesh.world, max_excluded=0, excluded_csv=Path("none"))
+    for row, k in zip(rows, BAG_SIZES, strict=True):
+        coords = np.stack([10 * np.arange(k), 10 * (np.arange(k) ** 2 % 5)], axis=1)
+        cohort.tilings[row.slide_id] = Tiling(coords, side_px=10.0)
+    return cohort
 
 
-def plain_autograd(model: SlideModel) -> dict[str, Tensor]:
-    """Parameters after a plain step on each bag, all tiles in one graph."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    for bag, tiles in make_bags():
-        logits, _ = model.aggregate(model.encode(tiles), TileGroup())
-        nn.functional.cross_entropy(logits[None], torch.tensor([bag.row.label])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def make_model(case: Case) -> SlideModel:
+    """A small model in its training mode."""
+    *layers, pooling = case.aggregator.removesuffix("+slide_norm").split("+")
+    torch.manual_seed(0)
+    encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout)
+    encoder.set_checkpointing(case.checkpoint_blocks)
+    aggregator = Aggregator(
+        encoder.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=case.dropout,
+        slide_norm=case.aggregator.endswith("+slide_norm"), transformer_layers=2 if layers else 0, transformer_heads=2,
+        transformer_spread=layers[0] if layers else "split",
+    )  # fmt: skip
+    return SlideModel(encoder, aggregator).to(getattr(torch, case.dtype)).train()
 
 
-def make_strategy(name: str, model: SlideModel) -> Strategy:
-    """A strategy that steps with plain SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-2, weight_decay=0.1)
+
+
+def plain_autograd(case: Case, slides_a_step: int) -> dict[str, Tensor]:
+    """Parameters after an epoch of plain steps, each slide's tiles in one graph."""
+    return _plain_autograd(
+        case.aggregator.replace("gathered+", "split+"), case.encoder, case.optimizer, case.dtype, case.dropout,
+        case.steepness, slides_a_step,
+    )  # fmt: skip
+
+
+@cache
+def _plain_autograd(
+    aggregator: str, encoder: str, optimizer: str, dtype: str, dropout: float, steepness: float, slides_a_step: int
+) -> dict[str, Tensor]:
+    case = Case(
+        strategy="single", aggregator=aggregator, encoder=encoder, optimizer=optimizer, dtype=dtype, dropout=dropout
+    )
+    model = make_model(case)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    stepper = make_optimizer(case, model)
+    cohort = make_cohort(Mesh())
+    rows = epoch_order(cohort.usable("train"), seed=0, epoch=0)
+    for begin in range(0, len(rows), slides_a_step):
+        step_rows = rows[begin : begin + slides_a_step]
+        for row in step_rows:
+            bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
+            with drawing_for(Draw(bag.seed, 0, bag.k)):
+                features = model.encode(all_tiles(row.path))
+                logits, _ = model.aggregate(features, bag.places, TileGroup())
+            loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label]))
+            (steepness * loss / len(step_rows)).backward()
+        stepper.step()
+        stepper.zero_grad()
+    end = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    moved = sum(float((end[name] - start[name]).norm()) for name in start)
+    assert moved > 1e-2, "the reference must have learnt something, or equality proves nothing"
+    return end
+
+
+def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:
+    """A strategy that never clips."""
+    name, *options = case.strategy.split("+")
+    if name == "fsdp":
+        assert mesh.device_mesh is not None
+        device_mesh = mesh.device_mesh if "tiles" in options else mesh.device_mesh._flatten("world")
+        return FsdpStrategy(
+            model, device_mesh, partial(make_optimizer, case), None, device=torch.device("cpu"), clip=0.0,
+            offload="offload" in options, hold="hold" in options, unit_numel=FSDP_UNIT_NUMEL,
+        )  # fmt: skip
+    optimizer = make_optimizer(case, model)
     if not name.startswith("zero"):
-        kind = {"single": SingleStrategy, "mean": MeanReducer}[name]
+        kind = {"single": SingleStrategy, "mean": MeanReducer, "ddp": DdpStrategy}[name]
         return kind(model, optimizer, None, device=torch.device("cpu"), clip=0.0)
+    zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
+    if "offload" in options:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if name == "zero3":
+            zero["offload_param"] = {"device": "cpu"}
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         # What a run under bf16 passes: the model's own autocast must not make DeepSpeed round its gradients.
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
-        "zero_optimization": {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0},
+        "zero_optimization": zero,
     }
     return ZeroStrategy(model, [{"params": list(model.parameters())}], optimizer, None, ds_config=ds_config)
 
 
-def train(group: TileGroup, strategy: Strategy, chunk: int) -> None:
-    """The trainer's own step on each bag, with this rank's share of the tiles."""
-    config = Config(run=RunConfig(name="test"), model=ModelConfig(), memory=MemoryConfig(chunk=chunk))
-    unused: Any = None
-    objective = CrossEntropy((), 2)
-    trainer = Trainer(config, unused, strategy, objective, unused, unused, unused, group, unused)
-    strategy.model.train()
-    for bag, tiles in make_bags():
-        trainer.train_step(bag, tiles[group.share(bag.k)])
+def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
+    """An epoch of the engine's own steps; their losses."""
+    stored = {"keep": 99, "recompute": 0, "offload": 99}.get(case.policy)
+    stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
+    feed: Any = Feed(make_config(case), make_cohort(mesh), MemoryReader(), mesh, FixedPlan(case.chunk, stored))  # type: ignore[arg-type]
+    with offload_for(case, mesh) as store:
+        train_step = TrainStep(strategy, CrossEntropy([case.steepness] * 2, 2), mesh, chunk=case.chunk, offload=store)
+        return [train_step(each).loss for each in feed.epoch(0)]
+
+
+@contextmanager
+def offload_for(case: Case, mesh: Mesh) -> Iterator[offload.Offload | None]:
+    """Where autograd saves tensors under the case's policy."""
+    if case.policy != "offload":
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(offload, "SMALLEST", 1):
+        store = offload.DiskOffload(Path(folder), mesh.world.rank)
+        yield store
+        assert store.bytes_out > 0, "something has really left"
+        store.close()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's value, put together from all ranks."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def worst_error(expected: dict[str, Tensor], model: SlideModel) -> float:
     """Largest ‖p − p'‖ / ‖p‖ over parameters."""
-    import deepspeed
-
-    worst = 0.0
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            difference = (parameter.detach() - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)
-        worst = max(worst, float(difference))
-    return worst
+    errors = [
+        float((whole(parameter) - expected[name]).norm() / expected[name].norm().clamp_min(1e-3))
+        for name, parameter in model.named_parameters()
+    ]
+    return max(errors)
 
 
-def compare(
-    group: TileGroup,
-    strategy: str,
-    pooling: str,
-    *,
-    chunk: int = 2,
-    encoder: str = "test_resnet",
-    dtype: torch.dtype = torch.float32,
-    mutation: Callable[[], Any] | None = None,
-) -> float:
+def mesh_for(case: Case) -> Mesh:
+    """Arrange the ranks of this world as the case says."""
+    return _mesh(case.tile_ranks or dist.get_world_size())
+
+
+@cache
+def _mesh(tile_ranks: int) -> Mesh:
+    return make_mesh(torch.device("cpu"), tile_ranks)
+
+
+def compare(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext) -> float:
     """Worst relative parameter error of the engine after all steps; `mutation` is a context that plants a bug."""
-    start = {name: p.detach().clone() for name, p in make_model(encoder, pooling, dtype).named_parameters()}
-    expected = plain_autograd(make_model(encoder, pooling, dtype))
-    moved = sum(float((expected[name] - start[name]).norm()) for name in start)
-    assert moved > 1e-2, "the reference must have learnt something, or equality proves nothing"
-    model = make_model(encoder, pooling, dtype)
-    engine = make_strategy(strategy, model)
-    if mutation is None:
-        train(group, engine, chunk)
-    else:
-        with mutation():
-            train(group, engine, chunk)
+    mesh = mesh_for(case)
+    expected = plain_autograd(case, mesh.slides * case.accumulate)
+    model = make_model(case)
+    with mutation():
+        strategy = make_strategy(case, model, mesh)
+        train(case, strategy, mesh)
     return worst_error(expected, model)
 
 
+def compare_all(group: TileGroup, cases: list[Case]) -> list[float]:
+    """`compare`, for many cases in one call."""
+    return [compare(group, case) for case in cases]
+
+
+def losses_of(_: TileGroup, case: Case) -> list[float]:
+    """The loss of each step."""
+    mesh, model = mesh_for(case), make_model(case)
+    return train(case, make_strategy(case, model, mesh), mesh)
+
+
 @contextmanager
-def dropped_merge_term() -> Iterator[None]:
+def patched(owner: Any, name: str, replacement: Callable) -> Iterator[None]:
+    """Replace an attribute for a while; `replacement` takes the original first."""
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def dropped_merge_term() -> Any:
     """The last rank's features are left out of the merge (its weights are not: K = 1 would divide by zero)."""
-    original = TileGroup.merge
 
-    def merge(self: TileGroup, partial: Any) -> Tensor:
-        if self.rank == self.size - 1:
-            partial = partial._replace(acc=partial.acc * 0)
-        return original(self, partial)
+    def merge(original: Callable, group: TileGroup, partial: Any) -> Tensor:
+        return original(group, partial._replace(acc=partial.acc * 0) if group.rank == group.size - 1 else partial)
 
-    TileGroup.merge = merge  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TileGroup.merge = original  # type: ignore[method-assign]
+    return patched(TileGroup, "merge", merge)
 
 
-@contextmanager
-def skipped_chunk() -> Iterator[None]:
+def skipped_chunk() -> Any:
     """The encoder never hears of the gradient of each bag's first chunk."""
-    from slidescale.engine import trainer
 
-    original = trainer.backpropagate
+    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
+        encoded.features.grad[: chunks.size] = 0
+        original(model, chunks, encoded, backward)
 
-    def backpropagate(model: Any, chunks: Any, gradient: Tensor, backward: Any) -> None:
-        gradient[: chunks.size] = 0
-        original(model, chunks, gradient, backward)
+    return patched(step, "backpropagate", backpropagate)
 
-    trainer.backpropagate = backpropagate
-    try:
+
+def other_chunks_in_second_pass() -> Any:
+    """Pass 2 cuts smaller chunks, as many, so that the last tiles are not among them."""
+
+    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
+        original(model, replace(chunks, size=chunks.size - 1), encoded, backward)
+
+    return patched(step, "backpropagate", backpropagate)
+
+
+def silent_phase() -> Any:
+    """From the second step on, the encoder gets no gradient at all, and what it got before may be applied again."""
+    calls = []
+
+    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            original(model, chunks, encoded, backward)
+
+    return patched(step, "backpropagate", backpropagate)
+
+
+def reduced_at_each_backward() -> Any:
+    """DeepSpeed reduces gradients as each backward ends, and not once a step."""
+
+    @contextmanager
+    def accumulate(original: Callable, strategy: Any, backwards: int) -> Iterator[None]:
         yield
-    finally:
-        trainer.backpropagate = original
+
+    return patched(ZeroStrategy, "accumulate", accumulate)
 
 
-def refused_step(group: TileGroup, strategy: str, what: str) -> tuple[str, float]:
+def scaled_by_the_world() -> Any:
+    """Each rank's loss is divided by their number, though the reducer takes the mean already."""
+
+    def cross_entropy(original: Callable, self: CrossEntropy, logits: Tensor, label: int) -> Tensor:
+        return original(self, logits, label) / dist.get_world_size()
+
+    return patched(CrossEntropy, "forward", cross_entropy)
+
+
+def default_clipping() -> Any:
+    """DeepSpeed's `gradient_clipping` is left out, which clips at a norm of 1; the loss is steep enough to show it."""
+
+    def initialize(original: Callable, **settings: Any) -> Any:
+        del settings["config"]["gradient_clipping"]
+        return original(**settings)
+
+    return patched(deepspeed, "initialize", initialize)
+
+
+def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, float]:
     """The error of a step whose loss or gradient is not finite, and how far the parameters moved in it."""
-    model = make_model("test_resnet", "mean", torch.float32)
-    engine = make_strategy(strategy, model)
-    before = plain_copy(model)
+    case = Case(strategy=strategy_name, aggregator="mean")
+    mesh, model = mesh_for(case), make_model(case)
+    strategy = make_strategy(case, model, mesh)
+    before = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
-    class Broken(CrossEntropy):
-        def forward(self, logits: Tensor, label: int) -> Tensor:
-            loss = super().forward(logits, label)
-            if what == "loss":
-                return loss * torch.nan
-            loss.register_hook(lambda gradient: gradient * torch.inf)
-            return loss
+    def broken(original: Callable, self: CrossEntropy, logits: Tensor, label: int) -> Tensor:
+        loss = original(self, logits, label)
+        if what == "loss":
+            return loss * torch.nan
+        loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
 
-    config = Config(run=RunConfig(name="test"), model=ModelConfig(), memory=MemoryConfig(chunk=2))
-    unused: Any = None
-    trainer = Trainer(config, unused, engine, Broken((), 2), unused, unused, unused, group, unused)
-    bag, tiles = make_bags()[0]
-    try:
-        trainer.train_step(bag, tiles[group.share(bag.k)])
-    except TrainingError as error:
-        return str(error), worst_error(before, model)
+    with patched(CrossEntropy, "forward", broken):
+        try:
+            train(case, strategy, mesh)
+        except TrainingError as error:
+            return str(error), worst_error(before, model)
     return "no error", worst_error(before, model)
-
-
-def plain_copy(model: SlideModel) -> dict[str, Tensor]:
-    """The parameters, whole also under ZeRO-3."""
-    import deepspeed
-
-    copies = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            copies[name] = parameter.detach().clone()
-    return copies

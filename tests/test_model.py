@@ -69,7 +69,7 @@ def test_pooling_equals_its_definition(pooling: str, k: int) -> None:
     torch.manual_seed(0)
     aggregator = Aggregator(12, 3, pooling=pooling, hidden_dim=10, attention_dim=6, dropout=0.0).double()
     features = torch.randn(k, 12, dtype=torch.float64)
-    logits, weights = aggregator(features, TileGroup())
+    logits, weights = aggregator(features, torch.rand(k, 2), TileGroup())
     h = aggregator.projection(features)
     if pooling == "mean":
         expected = h.mean(0)
@@ -131,8 +131,8 @@ def test_autocast_keeps_the_sum_over_tiles_in_fp32() -> None:
         autocast=torch.bfloat16,
     )
     one = torch.randn(1, 8)
-    few, _ = model.aggregate(one, TileGroup())
-    many, weights = model.aggregate(one.expand(4096, 8), TileGroup())
+    few, _ = model.aggregate(one, torch.zeros(1, 2), TileGroup())
+    many, weights = model.aggregate(one.expand(4096, 8), torch.zeros(4096, 2), TileGroup())
     assert few.dtype == torch.float32
     torch.testing.assert_close(many, few, rtol=1e-2, atol=1e-3)
     assert float(weights.sum()) == pytest.approx(1, abs=1e-4)

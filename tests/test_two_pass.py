@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.memory.two_pass import Chunks, Encoded, backpropagate, encode
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
@@ -39,33 +39,50 @@ def chunks(k: int, *, size: int = 3, count: int = 3, seed: int = 0, offset: int 
     return Chunks(tiles, size, count, seed, offset)
 
 
-def test_second_pass_repeats_the_first_bit_by_bit(model: SlideModel) -> None:
-    first = encode(model, chunks(7))
+def backward(loss: torch.Tensor) -> None:
+    loss.backward()
+
+
+def with_gradient(encoded: Encoded) -> Encoded:
+    """As after an aggregator whose gradient is one everywhere."""
+    encoded.features.grad = torch.ones_like(encoded.features)
+    return encoded
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_second_pass_repeats_the_first_bit_by_bit(model: SlideModel, stored: int) -> None:
+    encoded = encode(model, chunks(7), stored)
+    first = encoded.features.detach()
     assert 0.3 < float((first == 0).float().mean()) < 0.7, "dropout is really on"
     seen = len(model.encoder.given)
     torch.rand(5)  # someone else draws random numbers between the passes
-    backpropagate(model, chunks(7), torch.ones_like(first), lambda loss: loss.backward())
-    assert torch.equal(torch.cat(model.encoder.given[seen:]), first)
-    assert model.encoder.batches == [3, 3, 1, 3, 3, 1]
+    backpropagate(model, chunks(7), with_gradient(encoded), backward)
+    again = [0, 3, 6, 7][3 - stored]
+    assert torch.equal(torch.cat(model.encoder.given[seen:]), first[:again])
+    assert model.encoder.batches == [3, 3, 1, *[3, 3, 1][: 3 - stored]], "what is stored is not encoded again"
 
 
 def test_random_numbers_depend_on_bag_and_tile_only(model: SlideModel) -> None:
-    assert not torch.equal(encode(model, chunks(7)), encode(model, chunks(7, seed=1)))
-    assert not torch.equal(encode(model, chunks(7)), encode(model, chunks(7, offset=7)))
+    def features(bag: Chunks) -> torch.Tensor:
+        return encode(model, bag).features.detach()
+
+    assert not torch.equal(features(chunks(7)), features(chunks(7, seed=1)))
+    assert not torch.equal(features(chunks(7)), features(chunks(7, offset=7)))
     whole = chunks(7)
     second = Chunks(whole.tiles[3:6], 3, 1, seed=0, offset=3)
-    assert torch.equal(encode(model, whole)[3:6], encode(model, second)), "whoever encodes it"
+    assert torch.equal(features(whole)[3:6], features(second)), "whoever encodes it"
     before = torch.random.get_rng_state()
-    encode(model, chunks(7))
+    features(chunks(7))
     assert torch.equal(before, torch.random.get_rng_state()), "and the caller's generator is left alone"
 
 
-def test_rank_without_tiles_keeps_in_step(model: SlideModel) -> None:
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_rank_without_tiles_keeps_in_step(model: SlideModel, stored: int) -> None:
     empty = chunks(0, count=2)
-    features = encode(model, empty)
-    assert features.shape == (0, model.encoder.dim)
-    backpropagate(model, empty, torch.empty_like(features), lambda loss: loss.backward())
-    assert model.encoder.batches == [1, 1, 1, 1], "as many encoder calls as the other ranks make"
+    encoded = encode(model, empty, stored)
+    assert encoded.features.shape == (0, model.encoder.dim)
+    backpropagate(model, empty, with_gradient(encoded), backward)
+    assert model.encoder.batches == [1] * (4 - stored), "as many encoder calls as the other ranks make"
     gradients = [parameter.grad for parameter in model.encoder.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients), "zeros, not none and not NaN"
 
@@ -79,7 +96,7 @@ def test_batch_norm_in_training_mode_is_refused(model: SlideModel) -> None:
 def test_activations_of_one_chunk_at_a_time(model: SlideModel) -> None:
     """What autograd keeps for the backward does not grow with K."""
 
-    def kept(k: int) -> int:
+    def kept(k: int, stored: int) -> int:
         largest = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,9 +112,11 @@ def test_activations_of_one_chunk_at_a_time(model: SlideModel) -> None:
         now = 0
         bag = chunks(k, count=-(-k // 3))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = encode(model, bag)
-            assert now == 0, "pass 1 keeps nothing"
-            backpropagate(model, bag, torch.ones_like(features), backward)
+            encoded = encode(model, bag, stored)
+            assert (now == 0) == (stored == 0), "pass 1 keeps what is stored, and nothing else"
+            largest = now
+            backpropagate(model, bag, with_gradient(encoded), backward)
         return largest
 
-    assert kept(30) == kept(3) > 0
+    assert kept(30, 0) == kept(3, 0) > 0
+    assert kept(30, 4) == pytest.approx(4 * kept(3, 0), rel=0.01)

@@ -80,9 +80,11 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import torch
 
     from slidescale.engine.parallel.mesh import start_world
+    from slidescale.engine.parallel.tile_parallel import TileGroup
 
     torch.set_num_threads(1)
-    group = start_world(torch.device("cpu"))
+    start_world(torch.device("cpu"))
+    group = TileGroup(rank, size)
     while True:
         function, args = pipe.recv()
         try:

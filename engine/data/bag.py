@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.tiling import Tiling
@@ -16,17 +18,29 @@ class Bag:
 
     Attributes:
         coords: int64 `[K, 2]`, level-0 (x, y) of the tiles, in reading order.
+        side_px: a tile's side in level-0 pixels.
         seed: of everything random that happens to the bag.
     """
 
     row: ManifestRow
     coords: np.ndarray
+    side_px: float
     seed: int
 
     @property
     def k(self) -> int:
         """Number of tiles, over all ranks."""
         return len(self.coords)
+
+    @property
+    def places(self) -> Tensor:
+        """fp32 `[K, 2]`, where each tile lies on the slide, counted in tiles."""
+        return torch.from_numpy(self.coords / self.side_px).to(torch.float32)
+
+
+def bag_size(tiling: Tiling, k: int | Literal["all"]) -> int:
+    """How many tiles a slide's bag will have."""
+    return len(tiling.coords) if k == "all" else min(k, len(tiling.coords))
 
 
 def draw_bag(row: ManifestRow, tiling: Tiling, k: int | Literal["all"], *, seed: int, epoch: int) -> Bag:
@@ -37,10 +51,10 @@ def draw_bag(row: ManifestRow, tiling: Tiling, k: int | Literal["all"], *, seed:
     """
     bag_seed = derive_seed(seed, "bag", epoch, row.slide_id)
     coords = tiling.coords
-    if k != "all" and k < len(coords):
-        chosen = np.random.default_rng(bag_seed).choice(len(coords), size=k, replace=False)
+    if (size := bag_size(tiling, k)) < len(coords):
+        chosen = np.random.default_rng(bag_seed).choice(len(coords), size=size, replace=False)
         coords = coords[np.sort(chosen)]
-    return Bag(row, coords, bag_seed)
+    return Bag(row, coords, tiling.side_px, bag_seed)
 
 
 def epoch_order(rows: list[ManifestRow], *, seed: int, epoch: int) -> list[ManifestRow]:

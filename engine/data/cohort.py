@@ -9,7 +9,7 @@ from pathlib import Path
 from slidescale.engine.data.manifest import Manifest, ManifestRow, Split
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, UserError
-from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.parallel.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +22,11 @@ class Cohort:
         excluded_csv: where those are listed, with the reason.
     """
 
-    def __init__(self, manifest: Manifest, group: TileGroup, *, max_excluded: float, excluded_csv: Path) -> None:
+    def __init__(self, manifest: Manifest, world: RankGroup, *, max_excluded: float, excluded_csv: Path) -> None:
         self.manifest = manifest
         self.tilings: dict[str, Tiling] = {}
         self.excluded: dict[str, str] = {}
-        self._group = group
+        self._world = world
         self._max_excluded = max_excluded
         self._excluded_csv = excluded_csv
 
@@ -37,10 +37,10 @@ class Cohort:
             UserError: too many slides are unusable, or a split has none left.
         """
         log.info("finding the tissue of %d slides (kept in %s)", len(self.manifest.rows), cache)
-        mine = self.manifest.rows[self._group.rank :: self._group.size]
+        mine = self.manifest.rows[self._world.rank :: self._world.size]
         with ThreadPoolExecutor(threads) as pool:
             found = dict(pool.map(lambda row: (row.slide_id, _try_tiling(row, spec, cache)), mine))
-        results = {slide_id: result for part in self._group.gather_objects(found) for slide_id, result in part.items()}
+        results = {slide_id: result for part in self._world.gather_objects(found) for slide_id, result in part.items()}
         for row in self.manifest.rows:
             match results[row.slide_id]:
                 case Tiling() as tiling:
@@ -55,12 +55,15 @@ class Cohort:
         """The slides of a split that can be read."""
         return [row for row in self.manifest.split(split) if row.slide_id not in self.excluded]
 
-    def has_fault(self, row: ManifestRow, fault: str | None) -> bool:
-        """Agree with the other ranks whether any of them had a fault with a slide, and if so set it aside."""
-        faults = [fault for fault in self._group.gather_objects(fault) if fault]
-        if faults:
-            self.exclude(row.slide_id, faults[0])
-        return bool(faults)
+    def exclude_faults(self, mine: tuple[str, str] | None) -> None:
+        """Tell the other ranks of a slide that could not be read, hear of theirs, and set all these aside.
+
+        Args:
+            mine: (slide_id, reason), or None.
+        """
+        for fault in self._world.gather_objects(mine):
+            if fault is not None and fault[0] not in self.excluded:
+                self.exclude(*fault)
 
     def exclude(self, slide_id: str, reason: str) -> None:
         """Set a slide aside; every rank calls this alike.
@@ -70,7 +73,7 @@ class Cohort:
         """
         log.warning("set aside %s: %s", slide_id, reason)
         self.excluded[slide_id] = reason
-        if self._group.rank == 0:
+        if self._world.rank == 0:
             paths = {row.slide_id: row.path for row in self.manifest.rows}
             rows = [(name, paths[name], why) for name, why in self.excluded.items()]
             write_csv(self._excluded_csv, ("slide_id", "path", "reason"), rows)

@@ -1,13 +1,13 @@
-"""Exact gradients over all tiles while only one chunk's activations live at a time.
+"""Exact gradients over all tiles while few chunks' activations live at a time.
 
 Pass 1 encodes the tiles without a graph. The aggregator's backward then gives ∂L/∂h for every tile, and pass 2
 encodes each chunk again, with a graph, and injects its rows of ∂L/∂h (gradient caching: Gao et al. 2021,
 arXiv:2101.06983, sec. 3.2). Both passes see the same chunks, pixels, random numbers and autocast state, so pass 2
-repeats pass 1's features bit by bit.
+repeats pass 1's features bit by bit. A chunk whose graph pass 1 stored need not be encoded again.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.seeding import derive_seed
 
 Backward = Callable[[Tensor], None]
+Saving = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,64 @@ class Chunks:
             yield slice(min(index * self.size, k), min((index + 1) * self.size, k))
 
 
-def encode(model: SlideModel, chunks: Chunks) -> Tensor:
-    """Pass 1: features `[K_local, D]` of all this rank's tiles, without a graph.
+@dataclass(frozen=True)
+class Encoded:
+    """What the forward leaves.
 
-    `no_grad` and not `inference_mode`, whose tensors could not be given a gradient afterwards.
+    Attributes:
+        features: `[K_local, D]` of all this rank's tiles, a leaf that wants its gradient.
+        graphs: of each chunk whose graph was stored, its rows and its features with the graph; encoded in this order.
     """
-    _refuse_batch_statistics(model.encoder)
-    with torch.no_grad():
-        return torch.cat([_encode_chunk(model, chunks, rows) for rows in chunks.rows()])
+
+    features: Tensor
+    graphs: list[tuple[slice, Tensor]]
 
 
-def backpropagate(model: SlideModel, chunks: Chunks, gradient: Tensor | None, backward: Backward) -> None:
-    """Pass 2: add to the encoder's parameters the gradient that flows through every tile of this rank.
+def encode(model: SlideModel, chunks: Chunks, stored: int = 0, saving: Saving = nullcontext) -> Encoded:
+    """Encode all this rank's tiles.
 
     Args:
-        gradient: ∂L/∂h, `[K_local, D]`.
+        stored: of the chunks, the last so many keep their graph, so that the backward need not encode them again. The
+            last: the others' workspace is then free again before the first graph is stored.
+        saving: opens a context in which autograd saves the tensors of a stored graph, where offloading takes them.
+    """
+    _refuse_batch_statistics(model.encoder)
+    rows = list(chunks.rows())
+    parts, graphs = [], []
+    for index, row in enumerate(rows):
+        if index < len(rows) - stored:
+            # not inference_mode, whose tensors could not be given a gradient afterwards
+            with torch.no_grad():
+                parts.append(_encode_chunk(model, chunks, row))
+        else:
+            with saving():
+                features = _encode_chunk(model, chunks, row)
+            graphs.append((row, features))
+            parts.append(features.detach())
+    return Encoded(torch.cat(parts).requires_grad_(), graphs)
+
+
+def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward: Backward) -> None:
+    """Add to the encoder's parameters the gradient that flows through every tile of this rank.
+
+    Stored graphs go first, the last one first, and each is freed; then the other chunks are encoded again.
+
+    Args:
+        encoded: after the aggregator's backward; it is used up.
         backward: takes a scalar whose gradient is wanted; it is given Σ h · ∂L/∂h of one chunk at a time.
     """
+    gradient = encoded.features.grad
     assert gradient is not None, "the aggregator's backward must come first"
-    for rows in chunks.rows():
+    again = chunks.count - len(encoded.graphs)
+    while encoded.graphs:
+        rows, features = encoded.graphs.pop()
+        with _randomness(chunks, rows):  # activation checkpointing computes parts of the forward again
+            backward((features * gradient[rows]).sum())
+        del features
+    for rows in list(chunks.rows())[:again]:
         # For a padding chunk both factors are empty: the sum is a zero that still reaches every parameter.
-        backward((_encode_chunk(model, chunks, rows) * gradient[rows]).sum())
+        with _randomness(chunks, rows):
+            backward((_encode_chunk(model, chunks, rows) * gradient[rows]).sum())
 
 
 @contextmanager
@@ -81,17 +120,27 @@ def seeded(device: torch.device, *key: int | str) -> Iterator[None]:
 def _encode_chunk(model: SlideModel, chunks: Chunks, rows: slice) -> Tensor:
     """Features `[n, D]` of one chunk.
 
-    A chunk is seeded by its first tile's index in the bag: whoever encodes it draws the same numbers (where dropout is
-    on, another number of ranks cuts other chunks, and so draws others). A padding chunk encodes one blank tile,
-    since few networks take a batch of none, and returns no row of it.
+    A padding chunk encodes one blank tile, since few networks take a batch of none, and returns no row of it.
     """
     tiles = chunks.tiles[rows]
     padding = len(tiles) == 0
     if padding:
         tiles = tiles.new_zeros((1, *tiles.shape[1:]))
-    with seeded(tiles.device, chunks.seed, "chunk", chunks.offset + rows.start):
+    with _randomness(chunks, rows):
         features = model.encode(tiles)
     return features[:0] if padding else features
+
+
+@contextmanager
+def _randomness(chunks: Chunks, rows: slice) -> Iterator[None]:
+    """Draw a chunk's random numbers, the same each time.
+
+    Dropout layers and stochastic depth draw by tile (see `models/dropout.py`). What draws from torch's generator, as
+    attention's own dropout does, is seeded by the chunk's first tile, and so depends on how the bag is cut.
+    """
+    first, count = chunks.offset + rows.start, max(1, rows.stop - rows.start)
+    with seeded(chunks.tiles.device, chunks.seed, "chunk", first), drawing_for(Draw(chunks.seed, first, count)):
+        yield
 
 
 def _refuse_batch_statistics(encoder: nn.Module) -> None:

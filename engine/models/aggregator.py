@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slidescale.engine.models.dropout import key_dropouts
+from slidescale.engine.models.transformer import SpreadName, Transformer
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.kernels.gated_attention import Partial, gated_scores, pool_partial
 
@@ -91,10 +93,12 @@ class SlideNorm(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Normalisation, projection, pooling, classifier, in the arrangement of GMA (Campanella et al. 2024).
+    """Normalisation, projection, transformer, pooling, classifier; without the transformer, the arrangement of GMA
+    (Campanella et al. 2024).
 
-    The projection is two Linear-ReLU-Dropout layers a tile; the classifier, one linear layer a slide, is
-    replicated and sees the same pooled features on every rank.
+    The projection is two Linear-ReLU-Dropout layers a tile; in the transformer's layers, if any, tiles attend to each
+    other; the classifier, one linear layer a slide, is replicated and sees the same pooled features on every rank.
+    In training, dropout draws by tile and must be told which these are: see `drawing_for` in `models/dropout.py`.
 
     Args:
         dim: D, of the encoder's features.
@@ -102,8 +106,11 @@ class Aggregator(nn.Module):
         pooling: "gated_attention", "mean" or "max".
         hidden_dim: width of the projection.
         attention_dim: L, width of the attention gate (gated attention only).
-        dropout: probability, after each projection layer.
+        dropout: probability, after each projection layer, and on what each transformer layer's attention and MLP add.
         slide_norm: standardise features over the slide's tiles first (see `SlideNorm`).
+        transformer_layers: number of transformer layers; 0: tiles do not see each other before pooling.
+        transformer_heads: attention heads of each.
+        transformer_spread: how they spread over ranks, "split" or "gathered" (see `Transformer`).
     """
 
     def __init__(
@@ -116,6 +123,9 @@ class Aggregator(nn.Module):
         attention_dim: int,
         dropout: float,
         slide_norm: bool = False,
+        transformer_layers: int = 0,
+        transformer_heads: int = 8,
+        transformer_spread: SpreadName = "split",
     ) -> None:
         super().__init__()
         self.norm = SlideNorm() if slide_norm else None
@@ -123,18 +133,40 @@ class Aggregator(nn.Module):
             nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
         )  # fmt: skip
+        self.transformer = None
+        if transformer_layers:
+            self.transformer = Transformer(
+                hidden_dim,
+                layers=transformer_layers,
+                heads=transformer_heads,
+                dropout=dropout,
+                spread=transformer_spread,
+            )
         self.pooling = _make_pooling(pooling, hidden_dim, attention_dim)
         self.classifier = nn.Linear(hidden_dim, classes)
+        key_dropouts(self, "aggregator")
 
-    def forward(self, features: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
-        """Aggregate the features `[K_local, D]` of a tile group.
+    def forward(self, features: Tensor, coords: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
+        """Aggregate the features of a tile group.
+
+        Args:
+            features: `[K_local, D]`, the rows `group.share(K)` of the bag's.
+            coords: float `[K, 2]`, (x, y) of all the bag's tiles in units of tiles, the same on every rank; only
+                transformer layers look at more than their number.
 
         Returns:
             logits `[classes]`, equal on every rank, and tile weights `[K_local]` (see `Pooled.weights`).
         """
+        own = group.share(len(coords))
+        assert len(features) == own.stop - own.start, (
+            f"rank {group.rank} of {group.size} has {len(features)} rows of features, and tiles {own} of {len(coords)}"
+        )
         if self.norm is not None:
             features = self.norm(features, group)
-        pooled = self.pooling(self.projection(features), group)
+        projected = self.projection(features)
+        if self.transformer is not None:
+            projected = self.transformer(projected, coords, group)
+        pooled = self.pooling(projected, group)
         return self.classifier(pooled.features), pooled.weights
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.models.dropout import KeyedDropout, key_dropouts
+from slidescale.engine.models.lora import add_adapters
 from slidescale.kernels.tile_prep import prepare_tiles
 
 
@@ -24,9 +26,13 @@ class Encoder(nn.Module):
         tile_px: side of a tile in pixels; a model of fixed input size is built for it.
         pretrained: load timm's published weights (from the hub or the local hub cache).
         weights: a local state dict (.pth, .safetensors) to load instead.
+        drop_path: largest probability of leaving out a residual block for a tile (stochastic depth: Huang et al.
+            2016); timm gives the deepest block this and the earlier ones less.
+        lora_rank: rank of the adapters that are trained in place of the weights (see `models/lora.py`); 0: none.
 
     Raises:
-        ConfigError: unknown name (with near matches), or weights that are not there or named twice.
+        ConfigError: unknown name (with near matches), weights that are not there or named twice, or a network that
+            has no residual blocks to leave out or no layers to adapt.
     """
 
     def __init__(
@@ -36,17 +42,25 @@ class Encoder(nn.Module):
         tile_px: int,
         pretrained: bool = False,
         weights: Path | None = None,
+        drop_path: float = 0.0,
+        lora_rank: int = 0,
     ) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        backbone = _create(name, tile_px, pretrained=pretrained, weights=weights)
+        self.name = name
+        backbone = _create(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
         # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
         self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(data_config["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(data_config["std"]), persistent=False)
+        if lora_rank:
+            add_adapters(backbone, lora_rank, example=torch.zeros(1, 3, tile_px, tile_px))
+        key_dropouts(backbone, "encoder")
+        if drop_path and not any(isinstance(module, KeyedDropout) and module.whole for module in self.modules()):
+            raise ConfigError(_no_drop_path(name, drop_path))
         self.train()
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -61,12 +75,28 @@ class Encoder(nn.Module):
                 module.eval()
         return self
 
+    def set_checkpointing(self, on: bool) -> None:
+        """Let each block forget its inner activations in the forward and compute them again in the backward, or not.
+
+        Raises:
+            ConfigError: timm cannot do that for this network.
+        """
+        backbone: Any = self.backbone
+        try:
+            if on or hasattr(backbone, "set_grad_checkpointing"):
+                backbone.set_grad_checkpointing(on)
+        except (AttributeError, AssertionError) as error:  # no such method, or one that asserts that it is not asked
+            raise ConfigError(
+                f"--memory.checkpoint-blocks: timm has no activation checkpointing for {self.name} ({error}); "
+                "leave it off and take a smaller --memory.chunk, or take another --model.encoder"
+            ) from None
+
     def has_batch_norm(self) -> bool:
         """Whether some of its statistics stay as they are."""
         return any(isinstance(module, _BatchNorm) for module in self.modules())
 
 
-def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) -> Any:
+def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, drop_path: float) -> Any:
     """Build the timm model without its classifier."""
     is_hub_name = ":" in name
     if not is_hub_name and not timm.is_model(name.split(".")[0]):
@@ -77,6 +107,8 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) 
     if weights and not weights.is_file():
         raise ConfigError(f"model.weights: no file {weights}")
     options: dict = {"num_classes": 0, "pretrained": pretrained}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     if weights:
         # timm then resizes and filters these exactly as it does the published ones.
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
@@ -86,5 +118,15 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None) 
             options["img_size"] = tile_px
     try:
         return timm.create_model(name, **options)
+    except TypeError as error:  # timm hands options on to the network's constructor, and not every one has this
+        if "drop_path_rate" in str(error):
+            raise ConfigError(_no_drop_path(name, drop_path)) from None
+        raise
     except (RuntimeError, ValueError, OSError) as error:  # an unknown tag, weights that do not fit, no network
         raise ConfigError(f"model.encoder {name}: {error}") from error
+
+
+def _no_drop_path(name: str, drop_path: float) -> str:
+    return (
+        f"--model.drop-path is {drop_path}: timm's {name} has no stochastic depth; set it to 0, or take another encoder"
+    )

@@ -28,10 +28,14 @@ class SlideModel(nn.Module):
         with self._precision(tiles.device):
             return _at_least_fp32(self.encoder(tiles))
 
-    def aggregate(self, features: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
-        """A tile group's features `[K_local, D]` to logits `[classes]` and tile weights `[K_local]`."""
+    def aggregate(self, features: Tensor, places: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
+        """A tile group's features `[K_local, D]` to logits `[classes]` and tile weights `[K_local]`.
+
+        Args:
+            places: `[K, 2]`, where each of the bag's tiles lies on the slide, counted in tiles.
+        """
         with self._precision(features.device):
-            logits, weights = self.aggregator(features, group)
+            logits, weights = self.aggregator(features, places, group)
         return _at_least_fp32(logits), weights
 
     def _precision(self, device: torch.device) -> torch.autocast:

@@ -1,13 +1,16 @@
-"""Starting up: which ranks there are, and which device each computes on."""
+"""Starting up: which ranks there are, which device each computes on, and who shares a slide with whom."""
 
 import os
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 # Ranks wait for each other while one searches a large slide for tissue or writes a checkpoint. A rank that has died
@@ -39,8 +42,53 @@ def pick_device(local_rank: int) -> torch.device:
     return device
 
 
-def start_world(device: torch.device) -> TileGroup:
-    """Meet the other ranks that the launcher started (or be the only one); all of them share each slide.
+@dataclass(frozen=True)
+class Mesh:
+    """All ranks as S rows of T: the ranks of a row share one slide's tiles, and each row has a slide of its own.
+
+    `Mesh()` is one process alone.
+
+    Attributes:
+        world: all S × T ranks.
+        tiles: this rank's row.
+        device_mesh: the same as PyTorch knows it, with dimensions "slides" and "tiles"; None for one process alone.
+    """
+
+    world: RankGroup = RankGroup()
+    tiles: TileGroup = TileGroup()
+    device_mesh: DeviceMesh | None = None
+
+    @property
+    def slides(self) -> int:
+        """S, the number of slides side by side."""
+        return self.world.size // self.tiles.size
+
+    @property
+    def slide(self) -> int:
+        """Which of the S this rank works on."""
+        return self.world.rank // self.tiles.size
+
+
+def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
+    """Arrange the ranks of a started world; ranks that share a slide have neighbouring numbers, and so a machine.
+
+    Args:
+        tile_ranks: T, or "all".
+
+    Raises:
+        ConfigError: T does not divide the number of ranks.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    in_row = ranks if tile_ranks == "all" else int(tile_ranks)
+    if ranks % in_row:
+        raise ConfigError(f"--parallel.tile-ranks is {in_row}: it must divide the number of ranks, {ranks}")
+    device_mesh = init_device_mesh(device.type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
+    row = None if in_row == ranks else device_mesh.get_group("tiles")
+    return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh)
+
+
+def start_world(device: torch.device) -> None:
+    """Meet the other ranks that the launcher started (or be the only one).
 
     Raises:
         UserError: they cannot meet, for example because the port is taken.
@@ -59,9 +107,8 @@ def start_world(device: torch.device) -> TileGroup:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"the ranks cannot meet at {where}: {error}. Where another run has the port, choose one with "
-            "deepspeed --master_port"
+            "deepspeed --master_port, or torchrun --master-port"
         ) from None
-    return TileGroup(dist.get_rank(), dist.get_world_size())
 
 
 def stop_world() -> None:

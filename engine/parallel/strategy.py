@@ -21,18 +21,20 @@ class Strategy(ABC):
     """The interface that the training step is written against.
 
     Attributes:
-        name: as checkpoints and logs call it.
+        name: as logs call it.
+        checkpoint_format: what `save` writes; only a strategy of the same format can `load` it.
         model: the slide model, ready to run on `device`.
         device: of this rank.
     """
 
     name: str
+    checkpoint_format: str
     model: SlideModel
     device: torch.device
 
     @abstractmethod
-    def accumulate(self) -> AbstractContextManager[None]:
-        """Surround all of a step's backwards; on leaving, gradients are the mean over ranks."""
+    def accumulate(self, backwards: int) -> AbstractContextManager[None]:
+        """Surround all of a step's backwards, of which there are so many; on leaving, gradients are the mean over ranks."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -79,6 +81,7 @@ class SingleStrategy(Strategy):
         clip: float,
     ) -> None:
         self.name = "single"
+        self.checkpoint_format = "single or ddp"
         self.model = model
         self.device = device
         self._optimizer = optimizer
@@ -86,7 +89,7 @@ class SingleStrategy(Strategy):
         self._clip = clip
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, backwards: int) -> Iterator[None]:
         """Nothing to reduce: the gradients add up in place."""
         yield
 
@@ -105,7 +108,7 @@ class SingleStrategy(Strategy):
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return float(norm)
 
     def learning_rate(self) -> float:

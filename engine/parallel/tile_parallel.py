@@ -3,34 +3,23 @@
 The scaling rule of the whole engine: the merge's backward is an all-reduce, so with every rank back-propagating
 the *plain* loss, each holds T times its own tiles' share of the gradient, and the reducer (DeepSpeed, FSDP2, DDP)
 takes the *mean* over ranks: Σ_r T·g_r / T = Σ_r g_r, the gradient over all tiles. Pass 2 injects ∂L/∂h unscaled.
+
+With S tile groups, each on slides of its own, the mean over S × T ranks is that over slides: a step on n slides, whose
+tile groups took A = n / S each, one after another, has each loss times S / n (see `Trainer`).
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from slidescale.engine.parallel.collectives import all_reduce_sum
+from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.kernels.gated_attention import Partial
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class TileGroup:
-    """The ranks that share one slide's tiles; `TileGroup()` is one process that has them all.
-
-    Attributes:
-        rank: of this process within the group.
-        size: T, the number of ranks.
-        process_group: None stands for all ranks when `size` > 1.
-    """
-
-    rank: int = 0
-    size: int = 1
-    process_group: dist.ProcessGroup | None = None
+class TileGroup(RankGroup):
+    """The ranks that share one slide's tiles; `TileGroup()` is one process that has them all."""
 
     def share(self, k: int) -> slice:
         """The contiguous part of a bag's K tiles that this rank works on; parts differ by at most one tile."""
@@ -56,32 +45,3 @@ class TileGroup:
         rescale = torch.exp(partial.m - largest)
         total = self.sum(torch.cat([partial.acc * rescale, (partial.l * rescale).reshape(1)]))
         return total[:-1] / total[-1]
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Differentiable sum over the group."""
-        return x if self.size == 1 else all_reduce_sum(x, self.process_group)
-
-    def max(self, x: Tensor) -> Tensor:
-        """Elementwise maximum over the group, detached."""
-        x = x.detach()
-        if self.size > 1:
-            x = x.clone()
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.process_group)
-        return x
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Concatenate each rank's `[K_r, ...]` in rank order on every rank; detached, K_r may differ."""
-        return torch.cat(self.gather_objects(rows.detach().cpu()))
-
-    def gather_objects(self, item: Item) -> list[Item]:
-        """Every rank's `item`, in rank order, on every rank."""
-        if self.size == 1:
-            return [item]
-        items = [item] * self.size
-        dist.all_gather_object(items, item, group=self.process_group)
-        return items
-
-    def barrier(self) -> None:
-        """Wait for the other ranks of the group."""
-        if self.size > 1:
-            dist.barrier(group=self.process_group)

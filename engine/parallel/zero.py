@@ -62,7 +62,8 @@ class ZeroStrategy(Strategy):
                 lr_scheduler=scheduler,
                 # The slide model runs its own autocast. DeepSpeed's would also round gradients to bf16 to reduce them,
                 # on a single rank too (its runtime/torch_autocast.py).
-                config=ds_config | {"torch_autocast": {"enabled": False}},
+                # And a step's slides are added up inside one of its accumulations.
+                config=ds_config | {"torch_autocast": {"enabled": False}, "gradient_accumulation_steps": 1},
                 dist_init_required=False,
             )
         self.model = model
@@ -70,9 +71,10 @@ class ZeroStrategy(Strategy):
         self._engine = engine
         self._stage = int(engine.zero_optimization_stage())
         self.name = f"zero{self._stage}"
+        self.checkpoint_format = f"{self.name} on {engine.world_size} ranks"
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, backwards: int) -> Iterator[None]:
         """Keep a step's gradients local and reduce them once, at the end."""
         if self._stage > 0:
             with self._engine.coalesce_grad_reduction():
@@ -85,7 +87,7 @@ class ZeroStrategy(Strategy):
         self._engine.allreduce_gradients()
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed's backward, which its stages 0 to 3 all support; the step is one slide, so no rescaling."""
+        """DeepSpeed's backward, which its stages 0 to 3 all support; the step weighs its slides itself."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:

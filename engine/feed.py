@@ -1,0 +1,144 @@
+"""What each rank computes on when: an epoch's slides as steps, a step's as slots, a slot's tiles as shares.
+
+A step takes S × A slides: S side by side, one for each tile group, A times after another. In a slot, every rank works
+on its share of its tile group's slide, and makes as many encoder calls as every other rank, because these gather
+parameters under ZeRO-3 and FSDP2 and must find their partners.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slidescale.engine.config import Config
+from slidescale.engine.data.bag import Bag, bag_size, draw_bag, epoch_order
+from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.data.prefetch import Reading, TileReader, TileRequest
+from slidescale.engine.errors import SlideError
+from slidescale.engine.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from slidescale.engine.memory.planner import Plan
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part in one slot of a step.
+
+    Attributes:
+        bag: of the tile group's slide.
+        tiles: this rank's share of the bag, uint8 `[K_local, H, W, 3]`.
+        count: chunks that every rank of the world encodes in this slot.
+        stored: of these, the number whose graphs are stored.
+        weight: factor on the slide's loss; 0 for a stand-in, which keeps a tile group without a slide in step.
+    """
+
+    bag: Bag
+    tiles: Tensor
+    count: int
+    stored: int
+    weight: float = 1.0
+
+
+@dataclass
+class Step:
+    """The slides of one optimizer step.
+
+    Attributes:
+        rows: its slides, S × A of them or, at the end of an epoch, fewer.
+        k: tiles in all their bags.
+        backwards: that every rank will make: in each slot one for the aggregator, and one a chunk.
+        shares: this rank's, a slot each; only one at a time is in memory, beside those that are read ahead.
+        waited_s: time spent waiting for tiles, so far.
+    """
+
+    rows: Sequence[ManifestRow]
+    k: int
+    backwards: int
+    shares: Iterator[Share] = field(default_factory=lambda: iter(()))
+    waited_s: float = 0.0
+
+
+class Feed:
+    """Draws, reads and hands out the bags of training."""
+
+    def __init__(self, config: Config, cohort: Cohort, reader: TileReader, mesh: Mesh, plan: 'Plan') -> None:
+        self._config = config
+        self._cohort = cohort
+        self._reader = reader
+        self._mesh = mesh
+        self._plan = plan
+
+    def epoch(self, epoch: int) -> Iterator[Step]:
+        """The steps of an epoch; a step without any slide that can be read is left out."""
+        slides, data = self._mesh.slides, self._config.data
+        rows = epoch_order(self._cohort.usable("train"), seed=self._config.run.seed, epoch=epoch)
+        bags = [self._draw(row, epoch) for row in rows[self._mesh.slide :: slides]]
+        requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in bags)
+        own = zip(bags, self._reader.ahead(requests, data.prefetch), strict=True)
+        size = slides * self._config.optim.accumulate
+        for begin in range(0, len(rows), size):
+            step_rows = rows[begin : begin + size]
+            slots = [step_rows[at : at + slides] for at in range(0, len(step_rows), slides)]
+            sizes = [[bag_size(self._cohort.tilings[row.slide_id], data.k) for row in slot] for slot in slots]
+            counts = [max(self._mesh.tiles.chunk_count(k, self._plan.chunk) for k in ks) for ks in sizes]
+            step = Step(step_rows, sum(map(sum, sizes)), sum(1 + count for count in counts))
+            shares = (
+                self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own)
+                for slot, count, ks in zip(slots, counts, sizes, strict=True)
+            )
+            first = next(shares)
+            if len(slots) == 1 and not any(row.slide_id not in self._cohort.excluded for row in step_rows):
+                continue
+            step.shares = _chain(first, shares)
+            yield step
+
+    def _share(
+        self,
+        step: Step,
+        slot: Sequence[ManifestRow],
+        count: int,
+        stored: int,
+        own: Iterator[tuple[Bag, Reading]],
+    ) -> Share:
+        """This rank's share of a slot, once every rank knows which of its slides could be read.
+
+        A step's loss is the mean over its slides; one that turns out to be unreadable counts as zero.
+        """
+        bag, tiles, fault = None, None, None
+        if self._mesh.slide < len(slot):
+            begin = time.perf_counter()
+            bag, reading = next(own)
+            try:
+                tiles = reading.wait()
+            except SlideError as error:
+                fault = (bag.row.slide_id, str(error))
+            step.waited_s += time.perf_counter() - begin
+        self._cohort.exclude_faults(fault)
+        if bag is None or tiles is None or bag.row.slide_id in self._cohort.excluded:
+            return self._stand_in(slot[0], count, stored)
+        return Share(bag, tiles, count, stored, weight=self._mesh.slides / len(step.rows))
+
+    def _stand_in(self, row: ManifestRow, count: int, stored: int) -> Share:
+        """One blank tile whose loss does not count."""
+        side = self._config.data.tile_px
+        bag = Bag(row, np.zeros((1, 2), np.int64), 1.0, seed=0)
+        mine = self._mesh.tiles.share(bag.k)
+        tiles = torch.zeros((mine.stop - mine.start, side, side, 3), dtype=torch.uint8)
+        return Share(bag, tiles, count, stored, weight=0.0)
+
+    def _draw(self, row: ManifestRow, epoch: int) -> Bag:
+        tiling = self._cohort.tilings[row.slide_id]
+        return draw_bag(row, tiling, self._config.data.k, seed=self._config.run.seed, epoch=epoch)
+
+
+def _chain(first: Share, others: Iterator[Share]) -> Iterator[Share]:
+    """`first`, then the others, without holding on to what has been handed out."""
+    yield first
+    del first
+    yield from others

@@ -1,0 +1,97 @@
+"""The training step: exact gradients over every tile of a slide, and one update."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from slidescale.engine.errors import TrainingError
+from slidescale.engine.feed import Share, Step
+from slidescale.engine.memory.offload import Offload
+from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.models.dropout import Draw, drawing_for
+from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.parallel.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one training step: the mean loss of its slides, and the gradient norm before clipping."""
+
+    loss: float
+    gradient_norm: float
+
+
+class TrainStep:
+    """Steps a strategy's model.
+
+    Args:
+        chunk: tiles that go through the encoder at once.
+        offload: where stored graphs' tensors go; None leaves them on the device.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        objective: CrossEntropy,
+        mesh: Mesh,
+        *,
+        chunk: int,
+        offload: Offload | None = None,
+    ) -> None:
+        self.strategy = strategy
+        self.objective = objective
+        self.mesh = mesh
+        self.chunk = chunk
+        self.offload = offload
+
+    def __call__(self, step: Step) -> StepResult:
+        """One optimizer step, in memory for the chunks that the shares say to store and one more.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; names the slide, and no optimizer step was taken.
+        """
+        strategy, model, group = self.strategy, self.strategy.model, self.mesh.tiles
+        saving = self.offload.saving if self.offload else nullcontext
+        losses: dict[str, float] = {}
+        with self._offloading(), strategy.accumulate(step.backwards):
+            for share in step.shares:
+                bag, offset = share.bag, group.share(share.bag.k).start
+                tiles = share.tiles.to(strategy.device, non_blocking=True)
+                chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
+                encoded = encode(model, chunks, share.stored, saving)
+                with drawing_for(Draw(bag.seed, offset, len(tiles))):
+                    logits, _ = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
+                loss = self.objective(logits, bag.row.label)
+                losses |= self._check_losses(share, loss.item())
+                strategy.backward(loss * share.weight)
+                backpropagate(model, chunks, encoded, strategy.backward)
+        try:
+            gradient_norm = strategy.step()
+        except TrainingError as error:
+            raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
+        return StepResult(sum(losses.values()) / len(losses), gradient_norm)
+
+    @contextmanager
+    def _offloading(self) -> Iterator[None]:
+        """Leave nothing of a step behind, whatever ends it."""
+        try:
+            yield
+        finally:
+            if self.offload:
+                self.offload.clear()
+
+    def _check_losses(self, share: Share, loss: float) -> dict[str, float]:
+        """The losses of the slides side by side, on every rank.
+
+        Raises:
+            TrainingError: one is not finite; on every rank alike, so that none waits for another.
+        """
+        mine = (share.bag.row.slide_id, loss) if share.weight else None
+        everyones = [mine] if self.mesh.slides == 1 else self.mesh.world.gather_objects(mine)
+        losses = dict(item for item in everyones if item is not None)
+        for slide_id, value in losses.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"slide {slide_id}: the loss is {value}; no optimizer step was taken")
+        return losses
