@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.errors import UserError
-from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.parallel.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,6 @@ class Progress:
 
 class Checkpoints:
     """The folder of a run's checkpoints: one an epoch, of which `best` and `last` (links) are kept."""
-
 
     def __init__(self, folder: Path, world: RankGroup) -> None:
         self.folder = folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.memory.planner import PolicyName
 from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import PoolingName
 from slidescale.engine.models.transformer import SpreadName
@@ -120,13 +121,14 @@ class ModelConfig:
 class MemoryConfig:
     """What a step may hold in memory, and how it keeps to that."""
 
-    policy: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    policy: PolicyName = "auto"
     """What becomes of the encoder's activations between forward and backward. recompute: encode twice, a chunk's at a
     time; keep: store all; offload: store all, away from the device; auto: keep as many chunks' as `budget` has room
     for, and recompute the others'."""
     budget: str = "auto"
-    """Memory that a rank's process may take in all (the device's on a GPU), such as 8GiB; auto: what is free at the
-    start, less a reserve. For policy auto, and for chunk auto."""
+    """Memory that a rank's process may take in all (the device's on a GPU), such as 8GiB; auto: what is held
+    at the start, and 90% of what is free then on a GPU, 50% of a rank's part on a CPU. For policy auto, and chunk
+    auto."""
     chunk: int | Literal["auto"] = "auto"
     """Tiles that go through the encoder at once; auto: as many as are fast, and fit."""
     checkpoint_blocks: bool = False
@@ -139,7 +141,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
-        _require(self.chunk == "auto" or self.chunk >= 1, "memory.chunk", self.chunk, "must be auto, or at least 1 tile")
+        _require(
+            self.chunk == "auto" or self.chunk >= 1, "memory.chunk", self.chunk, "must be auto, or at least 1 tile"
+        )
         if self.budget != "auto":
             parse_size(self.budget, "--memory.budget")
 

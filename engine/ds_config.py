@@ -79,8 +79,9 @@ def complete_ds_config(
         problems.append('train_batch_size follows from the number of ranks: leave it out, or set it to "auto"')
     settle(ds, "gradient_clipping", config.optim.clip, "", "--optim.clip")
     if optimizer := ds.get("optimizer"):
-        if config.optim.optimizer != "adamw" and config.optim.optimizer != str(optimizer.get("type")).lower():
-            problems.append(f"optimizer.type is {optimizer.get('type')!r} and --optim.optimizer is {config.optim.optimizer!r}")
+        ours, theirs = config.optim.optimizer, optimizer.get("type")
+        if ours not in ("adamw", str(theirs).lower()):
+            problems.append(f"optimizer.type is {theirs!r} and --optim.optimizer is {ours!r}")
         params = optimizer.setdefault("params", {})
         settle(params, "lr", config.optim.lr, "optimizer.params.", "--optim.lr")
         settle(params, "weight_decay", config.optim.weight_decay, "optimizer.params.", "--optim.weight-decay")

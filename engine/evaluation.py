@@ -95,8 +95,8 @@ def evaluate(
         with torch.no_grad():
             logits, weights = model.aggregate(torch.cat(features), each.bag.places.to(device), mesh.tiles)
             loss = objective(logits, each.row.label).item()
-        weights = mesh.tiles.gather_rows(weights).numpy()
-        mine = Prediction(each.row, objective.probabilities(logits).cpu().numpy(), loss, weights)
+        probabilities = objective.probabilities(logits).cpu().numpy()
+        mine = Prediction(each.row, probabilities, loss, mesh.tiles.gather_rows(weights).numpy())
         # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
         speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
         for prediction in mesh.world.gather_objects(mine if speaks else None):

@@ -8,7 +8,6 @@ parameters under ZeRO-3 and FSDP2 and must find their partners.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +19,8 @@ from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import Reading, TileReader, TileRequest
 from slidescale.engine.errors import SlideError
+from slidescale.engine.memory.planner import Plan
 from slidescale.engine.parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from slidescale.engine.memory.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Step:
 class Feed:
     """Draws, reads and hands out the bags of training."""
 
-    def __init__(self, config: Config, cohort: Cohort, reader: TileReader, mesh: Mesh, plan: 'Plan') -> None:
+    def __init__(self, config: Config, cohort: Cohort, reader: TileReader, mesh: Mesh, plan: Plan) -> None:
         self._config = config
         self._cohort = cohort
         self._reader = reader

@@ -49,8 +49,8 @@ class RunLog:
         self._board = SummaryWriter(folder, purge_step=progress.step + 1) if main else None
         # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
         self.bar = tqdm(
-            total=slides, initial=progress.step * progress.slides_a_step, unit="slide", smoothing=0, dynamic_ncols=True, leave=False,
-            disable=not main or not sys.stderr.isatty(),
+            total=slides, initial=progress.step * progress.slides_a_step, unit="slide", smoothing=0,
+            dynamic_ncols=True, leave=False, disable=not main or not sys.stderr.isatty(),
         )  # fmt: skip
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import tyro
 
 from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import Config
+from slidescale.engine.data.bag import bag_size
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
@@ -22,7 +24,9 @@ from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_co
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.feed import Feed
 from slidescale.engine.logger import RunLog, configure_logging
+from slidescale.engine.memory.run_plan import make_offload, plan_run
 from slidescale.engine.memory.two_pass import seeded
+from slidescale.engine.memory.usage import GIB, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
@@ -88,7 +92,10 @@ def run(config: Config) -> Path:
     weights, classes = config.optim.class_weights, manifest.classes
     if weights and len(weights) != len(classes):
         raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
+    if device.type == "cpu" and config.memory.budget != "auto":
+        return_freed_memory()  # else what is resident would not keep to the budget
     model = make_model(config, classes=len(classes), bf16=bf16).to(device)
+    _warn_of_random_weights(config, model.encoder)
     folder = _find_or_open_run_folder(config, mesh)
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, mesh.world.size, device.type,
@@ -119,9 +126,17 @@ def run(config: Config) -> Path:
         progress = _resume(checkpoints, strategy, cohort, slides_a_step)
     if mesh.world.rank == 0:
         record_run(folder, config, ds_config, classes)
-    plan = plan_run(config, strategy, cohort, mesh)
+    plan = plan_run(
+        config,
+        partial(make_model, classes=len(classes), bf16=bf16),
+        strategy=strategy.name,
+        ds_config=ds_config,
+        k=max(bag_size(cohort.tilings[row.slide_id], data.k) for row in cohort.usable("train")),
+        mesh=mesh,
+        device=device,
+    )
     objective = CrossEntropy(weights, len(classes)).to(device)
-    offload = make_offload(plan, config, folder, mesh, device)
+    offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
     reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
     feed = Feed(config, cohort, reader, mesh, plan)
@@ -129,7 +144,7 @@ def run(config: Config) -> Path:
         folder, main=mesh.world.rank == 0, slides=config.run.epochs * len(cohort.usable("train")), progress=progress
     )
     try:
-        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder).fit(progress)
+        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
     finally:
         reader.close()
         run_log.close()
@@ -137,15 +152,6 @@ def run(config: Config) -> Path:
             offload.close()
     log.info("results in %s: predictions.csv, heatmaps/, checkpoints/best", folder)
     return folder
-
-
-def plan_run(config, strategy, cohort, mesh):
-    import types
-    return types.SimpleNamespace(chunk=32, stored_chunks=lambda k: 0)
-
-
-def make_offload(plan, config, folder, mesh, device):
-    return None
 
 
 def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
@@ -161,18 +167,6 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             lora_rank=settings.lora_rank,
         )
         encoder.set_checkpointing(config.memory.checkpoint_blocks)
-        if settings.lora_rank and not (settings.pretrained or settings.weights):
-            log.warning(
-                "--model.lora-rank trains adapters of %s, whose own weights stay as they are, and these are random: "
-                "use --model.pretrained or --model.weights",
-                settings.encoder,
-            )
-        if encoder.has_batch_norm() and not (settings.pretrained or settings.weights or settings.slide_norm):
-            log.warning(
-                "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
-                "Use pretrained weights, an encoder with other normalisation (resnet50_gn), or --model.slide-norm",
-                settings.encoder,
-            )
         aggregator = Aggregator(
             encoder.dim,
             classes,
@@ -186,6 +180,24 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             transformer_spread=settings.transformer_spread,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
+
+
+def _warn_of_random_weights(config: Config, encoder: Encoder) -> None:
+    settings = config.model
+    if settings.pretrained or settings.weights:
+        return
+    if settings.lora_rank:
+        log.warning(
+            "--model.lora-rank trains adapters of %s, whose own weights stay as they are, and these are random: "
+            "use --model.pretrained or --model.weights",
+            settings.encoder,
+        )
+    if encoder.has_batch_norm() and not settings.slide_norm:
+        log.warning(
+            "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
+            "Use pretrained weights, an encoder with other normalisation (resnet50_gn), or --model.slide-norm",
+            settings.encoder,
+        )
 
 
 def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:

@@ -38,6 +38,7 @@ class Trainer:
 
     Args:
         folder: of the run, where results are written.
+        planned_peak_gib: memory that a rank was planned to take.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trainer:
         checkpoints: Checkpoints,
         run_log: RunLog,
         folder: Path,
+        planned_peak_gib: float,
     ) -> None:
         self.config = config
         self.cohort = cohort
@@ -61,6 +63,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.run_log = run_log
         self.folder = folder
+        self.planned_peak_gib = planned_peak_gib
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the last epoch; then test the best epoch, if there is a test split."""
@@ -128,14 +131,16 @@ class Trainer:
         seconds = max(totals.seconds, 1e-9)
         peak = max(self.mesh.world.gather_objects(peak_gib(self.strategy.device)))
         self.run_log.scalars({"epoch/train_loss": train_loss, "speed/peak_gib": peak}, step)
+        self.run_log.scalars({"speed/planned_peak_gib": self.planned_peak_gib}, step)
         if result.loss is not None:
             self.run_log.scalars({"epoch/val_loss": result.loss}, step)
         if result.auroc is not None:
             self.run_log.scalars({"epoch/val_auroc": result.auroc}, step)
         log.info(
-            "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB",
+            "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
             epoch + 1, self.config.run.epochs, train_loss, result, " best" if improved else "     ",
             totals.tiles / seconds, 100 * totals.waiting / seconds, peak,
+            self.planned_peak_gib,
         )  # fmt: skip
         if improved and self.mesh.world.rank == 0:
             write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest.classes)

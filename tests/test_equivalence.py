@@ -113,7 +113,13 @@ def test_fsdp_variants(world: GetWorld, ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "tile_ranks", "accumulate"), [(1, 1, 2), (2, 1, 1), (2, 2, 3), (3, 1, 2), (4, 2, 1)])
 def test_several_slides_a_step(world: GetWorld, ranks: int, tile_ranks: int, accumulate: int) -> None:
     """Side by side and one after another; the last step of an epoch has fewer."""
-    strategies = [("ddp", "float64"), ("fsdp", "float64"), ("zero0", "float32"), ("zero2", "float32"), ("zero3", "float32")]
+    strategies = [
+        ("ddp", "float64"),
+        ("fsdp", "float64"),
+        ("zero0", "float32"),
+        ("zero2", "float32"),
+        ("zero3", "float32"),
+    ]
     check(
         world(ranks),
         [
@@ -142,7 +148,15 @@ def test_activation_checkpointing(world: GetWorld, policy: str) -> None:
 def test_dropout_is_that_of_plain_autograd(world: GetWorld, ranks: int) -> None:
     """Masks belong to tiles: no number of ranks, chunk size, policy or spread changes them."""
     cases = [
-        Case(strategy="ddp", dtype="float64", encoder="test_vit", dropout=0.3, aggregator=name, policy=policy, chunk=chunk)
+        Case(
+            strategy="ddp",
+            dtype="float64",
+            encoder="test_vit",
+            dropout=0.3,
+            aggregator=name,
+            policy=policy,
+            chunk=chunk,
+        )
         for name in ("gated_attention", "gathered+mean", "split+mean")
         for policy, chunk in (("recompute", 1), ("auto-1", 3))
     ]

@@ -68,6 +68,7 @@ class Footprint:
         backward: peak over encoding it with a graph and going back.
         aggregator: peak over aggregating n tiles' features and going back, with the features' gradient and without
             the features.
+        foreign: bytes that the aggregator needs for each tile of the bag that another rank has.
         flops: of a tile's forward in the encoder.
         aggregator_flops: of a tile's forward in the aggregator.
         traffic: bytes that operators write for a tile, forward and backward.
@@ -86,6 +87,7 @@ class Footprint:
     graph: Curve
     backward: Curve
     aggregator: Curve
+    foreign: int
     flops: float
     aggregator_flops: float
     traffic: float
@@ -138,28 +140,26 @@ def measure(
     chunks: Sequence[int],
     bags: Sequence[int],
     device: str = "cpu",
-    checkpoint_blocks: bool = False,
 ) -> Footprint:
     """Measure a slide model on fake tensors.
 
     Args:
-        make: builds the model as the run will, without weights; called where new tensors have no content.
+        make: builds the model as the run will, without loading weights; called where new tensors have no content.
         chunks: numbers of tiles to measure the encoder at, ascending.
         bags: numbers of tiles to measure the aggregator at, ascending.
         device: "cpu" or "cuda". PyTorch's operators differ: CUDA's autocast keeps normalisation layers in fp32, which
             the CPU's does not, and its attention saves other tensors. Where there is no GPU, "cuda" measures CUDA's
             forward, and adds what the CPU's backward needs beyond its graph.
-        checkpoint_blocks: the encoder's blocks forget their inner activations.
     """
     runs_backward = device == "cpu" or torch.cuda.is_available()
-    with _fake(make, device, checkpoint_blocks=checkpoint_blocks) as model:
+    with _fake(make, device) as model:
         forwards = [_measure_forward(model, n, tile_px, device) for n in chunks]
         graphs = [_measure_graph(model, n, tile_px, device, backward=runs_backward) for n in chunks]
         flops = _count_flops(model, tile_px, device)
         blocks = getattr(model.encoder.backbone, "blocks", None) or [model.encoder.backbone]
         inside = [_count(each.parameters()) for each in blocks]
     # The aggregator by the CPU's operators in any case: they differ little there.
-    with _fake(make, "cpu", checkpoint_blocks=checkpoint_blocks) as model:
+    with _fake(make, "cpu") as model:
         if not runs_backward:
             ends = (chunks[0], chunks[-1])
             stand_ins = [_measure_graph(model, n, tile_px, "cpu", backward=True) for n in ends]
@@ -170,6 +170,8 @@ def measure(
             ]
             graphs[-1] = replace(graphs[-1], written=stand_ins[-1].written)
         aggregations = [_aggregation(model, n) for n in bags]
+        aggregator = Curve(tuple(bags), tuple(peak for peak, _ in aggregations))
+        foreign = _foreign_bytes(model, aggregator, bags[-1])
         parameters = list(model.parameters())
 
     def curve(sizes: list[int]) -> Curve:
@@ -188,7 +190,8 @@ def measure(
         building=curve([each.building for each in graphs]),
         graph=curve([each.kept for each in graphs]),
         backward=curve([each.backward for each in graphs]),
-        aggregator=Curve(tuple(bags), tuple(peak for peak, _ in aggregations)),
+        aggregator=aggregator,
+        foreign=foreign,
         flops=flops,
         aggregator_flops=aggregations[-1][1] / bags[-1],
         traffic=graphs[-1].written / chunks[-1],
@@ -256,13 +259,23 @@ def _aggregation(model: SlideModel, n: int) -> tuple[int, float]:
     return live.peak, flops.get_total_flops()
 
 
+def _foreign_bytes(model: SlideModel, aggregator: Curve, n: int) -> int:
+    """Bytes for a tile of another rank: none, unless a transformer looks at it (see `models/transformer.py`)."""
+    transformer = model.aggregator.transformer
+    if transformer is None:
+        return 0
+    if transformer.spread == "gathered":
+        return aggregator(n + 1) - aggregator(n)
+    # Of each layer its keys and values are saved, and in one layer at a time these have a gradient.
+    width = 2 * transformer.norm.normalized_shape[0] * torch.finfo(torch.float32).bits // 8
+    return (len(transformer.layers) + 1) * width
+
+
 @contextmanager
-def _fake(make: Callable[[], SlideModel], device: str, *, checkpoint_blocks: bool) -> Iterator[SlideModel]:
+def _fake(make: Callable[[], SlideModel], device: str) -> Iterator[SlideModel]:
     """The model with fake parameters on `device`, which need not exist."""
     with torch.device("meta"):
         model = make().train()
-    if checkpoint_blocks:
-        model.encoder.set_checkpointing(True)
     with contextlib.ExitStack() as stack:
         if device == "cuda" and not torch.cuda.is_available():
             # autocast turns itself off where there is no GPU; nothing here runs on one.

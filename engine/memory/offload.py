@@ -6,7 +6,6 @@ backward the first tensor wanted brings its storage back, and those saved before
 autograd drops its notes node by node as it goes, and a storage is freed with the last note of it.
 """
 
-import ctypes
 import errno
 import os
 import tempfile
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory.usage import format_size
+from slidescale.engine.memory.usage import format_size, return_freed_memory
 
 MIB = 1024**2
 SMALLEST = 64 * 1024
@@ -41,8 +40,6 @@ HOST_AHEAD = 256 * MIB
 storage of a chunk has about this size, so that two are under way at a time."""
 STAGE = 16 * MIB
 """Bytes of each of the two buffers through which storages go to disk: all that ever waits to be written is in them."""
-MMAP_THRESHOLD = MIB
-"""Bytes from which glibc is told to give freed memory back to the system at once (see `_return_freed_memory`)."""
 SLAB = 256 * MIB
 """Page-locked memory is taken in blocks of so many bytes; PyTorch rounds each up to a power of two."""
 
@@ -243,7 +240,7 @@ class DiskOffload(Offload["Future[Tensor]"]):
             self._file = tempfile.TemporaryFile(dir=folder, prefix=f"rank{rank}-", buffering=0)  # noqa: SIM115 (close)
         except OSError as error:
             raise self._failure(error) from error
-        _return_freed_memory()
+        return_freed_memory()
         self._writer = ThreadPoolExecutor(1, "offload-write")
         self._reader = ThreadPoolExecutor(1, "offload-read")
         self._stages: deque[Tensor] = deque()  # the two buffers; [0] is being filled
@@ -475,18 +472,6 @@ def _modified(size: torch.Size) -> RuntimeError:
         f"a tensor of size {list(size)} that the backward needs was modified by an in-place operation after autograd "
         "saved it; --memory.policy recompute or keep names the operation under torch.autograd.set_detect_anomaly(True)"
     )
-
-
-def _return_freed_memory() -> None:
-    """Let glibc keep large tensors apart from its heap, where what is freed stays resident between what is not.
-
-    Left alone, it raises the size from which it does so (mallopt(3), M_MMAP_THRESHOLD) to that of each such tensor
-    freed, up to 32 MiB, and activations of smaller chunks land in the heap: a third of them then stays resident. Other
-    systems' allocators have no such setting.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
 
 
 def _write(file: int, content: Tensor, offset: int) -> None:

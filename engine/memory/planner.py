@@ -29,9 +29,10 @@ MOMENTS = {"adamw": 2, "apex_adam": 2, "apex_lamb": 2, "sgd": 0}
 CHUNK_CAP = {"cpu": 16, "cuda": 128}
 # Of these, the smallest share of the cap that still counts as fast: below it, policy auto stores nothing.
 FAST_SHARE = 4
-# What kernels use inside themselves and allocators lose, as a share of a chunk's peak. Measured on the CPU with
-# convolutions in fp32, the worst case (oneDNN's reordered copies); on GPUs an allowance.
-SCRATCH = {"cpu": 0.15, "cuda": 0.10}
+# What kernels use inside themselves and allocators lose: a share of a chunk's peak, and bytes. On the CPU measured with
+# `return_freed_memory` (mostly oneDNN's reordered copies, the most with convolutions in fp32); on GPUs an allowance.
+SCRATCH_SHARE = {"cpu": 0.05, "cuda": 0.10}
+SCRATCH_BYTES = {"cpu": 64 * 1024**2, "cuda": 0}
 
 # DeepSpeed's defaults (runtime/zero/config.py), in parameters: reduce_bucket_size, stage3_max_live_parameters.
 REDUCE_BUCKET = 500_000_000
@@ -86,8 +87,8 @@ def model_state(
 
     Under ZeRO-1 to 3 and FSDP2 every rank sums its gradients over the step's chunks as a whole, locally, and reduces
     once (DeepSpeed's `coalesce_grad_reduction`, FSDP2's `set_requires_gradient_sync`). ZeRO-1 and 2 clone the shard
-    they update even if the model is fp32 already (DeepSpeed 0.19, `stage_1_and_2.py`, `single_partition_of_fp32_groups`);
-    ZeRO-3 does so only to offload it (`stage3.py`, `fp32_partitioned_groups_flat`).
+    they update even if the model is fp32 already (DeepSpeed 0.19: `single_partition_of_fp32_groups` in
+    `stage_1_and_2.py`); ZeRO-3 does so only to offload it (`fp32_partitioned_groups_flat` in `stage3.py`).
 
     Args:
         ranks: that the model is spread over.
@@ -196,7 +197,8 @@ class Job:
         footprint, local = self.footprint, self.local(k)
         count = -(-local // chunk)
         full, last = min(chunk, local), local - (count - 1) * chunk
-        scratch = 1 + SCRATCH[footprint.flavour]
+        share = SCRATCH_SHARE[footprint.flavour]
+        scratch = round(share * footprint.backward(full)) + SCRATCH_BYTES[footprint.flavour]
         row = FP32 * footprint.dim
         bag = local * footprint.tile_px**2 * 3
         # `TileReader.ahead` has `prefetch` bags under way beside the one handed out, which stays on the host.
@@ -210,24 +212,24 @@ class Job:
             graphs = (stored - 1) * footprint.graph(full) + footprint.graph(last)
         buffers = OFFLOAD_BUFFERS if offload else 0
         before = max(0, graphs - footprint.graph(last)) if graphs else 0
-        backward = round(footprint.backward(full) * scratch)
         phases: list[tuple[int, int, int, int]] = []  # features, graphs, chunk, update
         if stored < count:
-            phases.append((local * row, 0, round(footprint.forward(full) * scratch), 0))
-            phases.append((2 * local * row, 0, backward, 0))
+            phases.append((local * row, 0, footprint.forward(full) + scratch, 0))
+            phases.append((2 * local * row, 0, footprint.backward(full) + scratch, 0))
         if stored:
             # The last chunk may be smaller than the one before it, whose peak is then the higher.
             building = max(
                 footprint.building(last), footprint.building(full) - footprint.graph(full) if stored > 1 else 0
             )
-            phases.append((local * row, before, round(building * scratch) + buffers, 0))
+            phases.append((local * row, before, building + scratch + buffers, 0))
             back = max(
                 before + footprint.backward(last),
                 (before + footprint.backward(full) - footprint.graph(full)) if stored > 1 else 0,
             )
-            extra = round(SCRATCH[footprint.flavour] * footprint.backward(full))
-            phases.append((2 * local * row + own_rows, before, back - before + extra + buffers, 0))
-        phases.append((local * row + own_rows + footprint.aggregator(local), graphs, 0, 0))
+            phases.append((2 * local * row + own_rows, before, back - before + scratch + buffers, 0))
+        phases.append(
+            (local * row + own_rows + footprint.aggregator(local) + footprint.foreign * (k - local), graphs, 0, 0)
+        )
         phases.append((2 * local * row + own_rows, graphs, 0, 0))  # chunks' features, and the bag's that join them
         phases.append((0, 0, 0, self.update))
         phases.append((0 if cuda else bag, 0, 0, 0))  # between steps: the last bag goes when the next has come
@@ -291,8 +293,9 @@ def choose(
     """Choose the chunk size, and how many chunks keep their graph.
 
     Policy auto takes, of the fast chunk sizes, the one for which most tiles are stored (the larger of two that store
-    as many). Where none of them fits it takes the largest that does, and stores nothing. Other policies take the
-    largest chunk that fits. A policy that does not fit is carried out all the same, with a warning.
+    as many). With room for one chunk, that is the last one of pass 1, whose graph takes the room that pass 2 needs for
+    each chunk anyway. Where no fast size fits it takes the largest that does, and stores nothing. Other policies take
+    the largest chunk that fits. A policy that does not fit is carried out all the same, with a warning.
 
     Args:
         k: tiles of the largest bag, over all ranks.

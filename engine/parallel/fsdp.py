@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -65,7 +66,7 @@ class FsdpStrategy(Strategy):
         gather: torch.dtype | None = None,
         unit_numel: int = UNIT_NUMEL,
     ) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "mesh": mesh,
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
             # Gradients add up over chunks, and over ranks, in fp32 whatever they were computed in.

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -23,20 +23,23 @@ def is_main_rank() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def local_ranks() -> int:
+    """The number of ranks on this machine, which torchrun and DeepSpeed's launcher call differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+
+
 def pick_device(local_rank: int) -> torch.device:
     """This rank's GPU where there are GPUs, else the CPU, of which local ranks get equal parts.
 
     Raises:
         ConfigError: more ranks on this machine than GPUs.
     """
-    # torchrun and DeepSpeed's launcher call the number of ranks on this machine differently.
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
     if not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
         return torch.device("cpu")
-    if local_ranks > torch.cuda.device_count():
-        raise ConfigError(f"{local_ranks} ranks were started on a machine with {torch.cuda.device_count()} GPUs")
+    if local_ranks() > torch.cuda.device_count():
+        raise ConfigError(f"{local_ranks()} ranks were started on a machine with {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -54,8 +57,8 @@ class Mesh:
         device_mesh: the same as PyTorch knows it, with dimensions "slides" and "tiles"; None for one process alone.
     """
 
-    world: RankGroup = RankGroup()
-    tiles: TileGroup = TileGroup()
+    world: RankGroup = field(default_factory=RankGroup)
+    tiles: TileGroup = field(default_factory=TileGroup)
     device_mesh: DeviceMesh | None = None
 
     @property

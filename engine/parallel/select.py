@@ -67,6 +67,11 @@ def make_strategy(
         parallel = config.parallel
         if parallel.fsdp_gather_bf16 and not bf16:
             raise ConfigError("--parallel.fsdp-gather-bf16 needs bf16 arithmetic, and this run's is fp32")
+        if parallel.fsdp_gather_bf16 and model.encoder.has_batch_norm():
+            raise ConfigError(
+                f"--parallel.fsdp-gather-bf16: {config.model.encoder} has BatchNorm layers, whose statistics are fp32 "
+                "and do not mix with bf16 parameters; leave it off, or take an encoder with other normalisation"
+            )
         assert mesh.device_mesh is not None
         return FsdpStrategy(
             model,

@@ -34,7 +34,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def accumulate(self, backwards: int) -> AbstractContextManager[None]:
-        """Surround all of a step's backwards, of which there are so many; on leaving, gradients are the mean over ranks."""
+        """Surround all of a step's backwards, so many of them; on leaving, gradients are the mean over ranks."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

@@ -54,7 +54,7 @@ class ZeroStrategy(Strategy):
         *,
         ds_config: dict[str, Any],
     ) -> None:
-        with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()):
+        with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()), _helpful_errors():
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
                 model_parameters=parameter_groups,
@@ -118,3 +118,17 @@ class ZeroStrategy(Strategy):
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
+
+
+@contextmanager
+def _helpful_errors() -> Iterator[None]:
+    """Say what is missing where DeepSpeed says that an operator cannot be built."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "async_io" not in str(error):
+            raise
+        raise UserError(
+            "ds.json offloads to NVMe, for which DeepSpeed compiles its async_io operator, and it cannot: install "
+            "libaio's headers (Debian and Ubuntu: libaio-dev) and a C++ compiler, or offload to the CPU"
+        ) from error
