@@ -19,15 +19,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threa
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def world() -> Iterator[Callable[[int], World]]:
-    """Start (once) and return the world of a given size."""
-    started: dict[int, World] = {}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for GPUs are skipped, with the reason, where there are none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
 
-    def get(size: int) -> World:
-        if size not in started:
-            started[size] = World(size)
-        return started[size]
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[..., World]]:
+    """Start (once) and return the world of a given size, on the CPU unless said otherwise."""
+    started: dict[tuple[int, str], World] = {}
+
+    def get(size: int, device: str = "cpu") -> World:
+        if (size, device) not in started:
+            started[size, device] = World(size, device)
+        return started[size, device]
 
     yield get
     for each in started.values():

@@ -33,7 +33,7 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.ddp import DdpStrategy
 from slidescale.engine.parallel.fsdp import FsdpStrategy
-from slidescale.engine.parallel.mesh import Mesh, make_mesh
+from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device
 from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.parallel.zero import ZeroStrategy
@@ -52,9 +52,9 @@ class Case:
     """One configuration of the engine.
 
     Attributes:
-        strategy: "single", "mean" (see MeanReducer), "ddp", "zero0" to "zero3", "fsdp"; "+offload", "+hold", "+tiles"
-            for shards over the tile group.
-        policy: "keep", "recompute", "offload" (to disk), or "auto-N": N chunks' graphs are stored.
+        strategy: "single", "mean" (see MeanReducer), "ddp", "zero0" to "zero3", "fsdp"; with "+offload", "+hold" or
+            "+tiles" (shards over the tile group).
+        policy: "keep", "recompute", "offload" (to disk; on a GPU, to the host), or "auto-N": N chunks' graphs are stored.
         aggregator: a pooling, after "split+" or "gathered+" transformer layers or none, with "+slide_norm" or without.
         optimizer: "sgd", or "adamw" with an epsilon large enough that it does not turn rounding into steps where a
             gradient is near zero.
@@ -130,6 +130,12 @@ def all_tiles(path: Path) -> Tensor:
     return torch.randint(0, 256, (BAG_SIZES[index], TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=generator)
 
 
+@cache
+def device() -> torch.device:
+    """Of this rank, as its world was started."""
+    return pick_device(dist.get_rank()) if dist.is_initialized() else torch.device("cpu")
+
+
 def make_config(case: Case) -> Config:
     """The settings that the feed reads."""
     return Config(
@@ -164,7 +170,7 @@ def make_model(case: Case) -> SlideModel:
         slide_norm=case.aggregator.endswith("+slide_norm"), transformer_layers=2 if layers else 0, transformer_heads=2,
         transformer_spread=layers[0] if layers else "split",
     )  # fmt: skip
-    return SlideModel(encoder, aggregator).to(getattr(torch, case.dtype)).train()
+    return SlideModel(encoder, aggregator).to(device(), getattr(torch, case.dtype)).train()
 
 
 def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
@@ -198,9 +204,9 @@ def _plain_autograd(
         for row in step_rows:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
             with drawing_for(Draw(bag.seed, 0, bag.k)):
-                features = model.encode(all_tiles(row.path))
-                logits, _ = model.aggregate(features, bag.places, TileGroup())
-            loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label]))
+                features = model.encode(all_tiles(row.path).to(device()))
+                logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
+            loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label], device=device()))
             (steepness * loss / len(step_rows)).backward()
         stepper.step()
         stepper.zero_grad()
@@ -217,13 +223,13 @@ def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:
         assert mesh.device_mesh is not None
         device_mesh = mesh.device_mesh if "tiles" in options else mesh.device_mesh._flatten("world")
         return FsdpStrategy(
-            model, device_mesh, partial(make_optimizer, case), None, device=torch.device("cpu"), clip=0.0,
+            model, device_mesh, partial(make_optimizer, case), None, device=device(), clip=0.0,
             offload="offload" in options, hold="hold" in options, unit_numel=FSDP_UNIT_NUMEL,
         )  # fmt: skip
     optimizer = make_optimizer(case, model)
     if not name.startswith("zero"):
         kind = {"single": SingleStrategy, "mean": MeanReducer, "ddp": DdpStrategy}[name]
-        return kind(model, optimizer, None, device=torch.device("cpu"), clip=0.0)
+        return kind(model, optimizer, None, device=device(), clip=0.0)
     zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
     if "offload" in options:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -248,7 +254,9 @@ def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
     stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
     feed: Any = Feed(make_config(case), make_cohort(mesh), MemoryReader(), mesh, FixedPlan(case.chunk, stored))  # type: ignore[arg-type]
     with offload_for(case, mesh) as store:
-        train_step = TrainStep(strategy, CrossEntropy([case.steepness] * 2, 2), mesh, chunk=case.chunk, offload=store)
+        train_step = TrainStep(
+            strategy, CrossEntropy([case.steepness] * 2, 2).to(device()), mesh, chunk=case.chunk, offload=store
+        )
         return [train_step(each).loss for each in feed.epoch(0)]
 
 
@@ -259,7 +267,8 @@ def offload_for(case: Case, mesh: Mesh) -> Iterator[offload.Offload | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(offload, "SMALLEST", 1):
-        store = offload.DiskOffload(Path(folder), mesh.world.rank)
+        on_gpu = device().type == "cuda"
+        store = offload.HostOffload(device()) if on_gpu else offload.DiskOffload(Path(folder), mesh.world.rank)
         yield store
         assert store.bytes_out > 0, "something has really left"
         store.close()
@@ -291,7 +300,7 @@ def mesh_for(case: Case) -> Mesh:
 
 @cache
 def _mesh(tile_ranks: int) -> Mesh:
-    return make_mesh(torch.device("cpu"), tile_ranks)
+    return make_mesh(device(), tile_ranks)
 
 
 def compare(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext) -> float:

@@ -1,14 +1,24 @@
 """Settings refuse nonsense, and ds.json and the recipe cannot contradict each other unseen."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.parallel.select import select_strategy
 
 CONFIG = Config(run=RunConfig(name="test"), optim=OptimConfig(lr=3e-4, clip=0.5, weight_decay=0.04, min_lr_ratio=0.1))
 SCHEDULE = Schedule(warmup_steps=10, total_steps=100)
@@ -112,3 +122,57 @@ def test_nonsense_is_refused_by_name(section: Any, values: dict[str, Any]) -> No
     name = next(key for key in values if key != "name" or len(values) == 1)
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
         section(**values)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ds", "ranks", "name"),
+    [
+        ({}, False, 1, "single"),
+        ({}, False, 2, "ddp"),
+        ({}, True, 1, "zero"),
+        ({"strategy": "fsdp", "fsdp_hold": True}, False, 1, "fsdp"),
+        ({"strategy": "ddp"}, False, 1, "ddp"),
+    ],
+)
+def test_strategies_are_selected(parallel: dict[str, Any], ds: bool, ranks: int, name: str) -> None:
+    assert select_strategy(with_parallel(parallel, ds=ds), ranks=ranks) == name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ds", "ranks", "message"),
+    [
+        ({"strategy": "zero"}, False, 2, "zero takes --deepspeed_config ds.json"),
+        ({"strategy": "fsdp"}, True, 2, "--deepspeed_config is for strategy zero, and --parallel.strategy is fsdp"),
+        ({"strategy": "single"}, False, 2, "single is one process, and 2 were started"),
+        ({"fsdp_hold": True, "fsdp_shard": "tiles"}, False, 2, "--parallel.fsdp-hold, --parallel.fsdp-shard needs"),
+    ],
+)
+def test_strategies_that_cannot_be(parallel: dict[str, Any], ds: bool, ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select_strategy(with_parallel(parallel, ds=ds), ranks=ranks)
+
+
+def with_parallel(parallel: dict[str, Any], *, ds: bool) -> Config:
+    return dataclasses.replace(
+        CONFIG, parallel=ParallelConfig(**parallel), deepspeed_config=Path("ds.json") if ds else None
+    )
+
+
+def test_slides_a_step_and_optimizers_agree_with_ds_json() -> None:
+    two = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, accumulate=2))
+    assert complete({}, two)["gradient_accumulation_steps"] == 2
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 4 and --optim.accumulate is 2"):
+        complete({"gradient_accumulation_steps": 4}, two)
+    sgd = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, optimizer="sgd"))
+    with pytest.raises(ConfigError, match="optimizer.type is 'Lion' and --optim.optimizer is 'sgd'"):
+        complete({"optimizer": {"type": "Lion"}}, sgd)
+    assert complete({}, sgd)["zero_allow_untested_optimizer"]
+    lamb = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, optimizer="apex_lamb"))
+    with pytest.raises(ConfigError, match="apex_lamb needs whole parameters, which ZeRO splits"):
+        complete({"zero_optimization": {"stage": 2}}, lamb)
+
+
+@pytest.mark.parametrize("budget", ["8 GB", "8", "GiB", "0GiB", "-1GiB"])
+def test_sizes_have_units(budget: str) -> None:
+    with pytest.raises(ConfigError, match="--memory.budget is .*must be a size such as 8GiB"):
+        MemoryConfig(budget=budget)

@@ -8,12 +8,13 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+import torch
 
 import equivalence
 from equivalence import BAG_SIZES, Case, compare, compare_all, losses_of, refused_step
 from worlds import World
 
-GetWorld = Callable[[int], World]
+GetWorld = Callable[..., World]
 
 # fp32 sums in another order: about 1e-6 after five steps (measured). In doubles, rounding leaves no room for a small
 # fault; DeepSpeed takes none (its stage 0 refuses them, 1 and 2 keep fp32 masters).
@@ -206,6 +207,22 @@ def test_fsdp_counts_backwards(world: GetWorld) -> None:
     """A phase that contributes nothing would leave its gradients unreduced."""
     with pytest.raises(AssertionError, match="backwards fewer than announced"):
         world(2).run(compare, Case(strategy="fsdp"), equivalence.silent_phase)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["recompute", "keep", "offload", "auto-1"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp+hold"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gpus_equal_plain_autograd(world: GetWorld, strategy: str, ranks: int, policy: str) -> None:
+    """By NCCL, a GPU a rank; transformer layers in fp32, since no fused attention kernel takes doubles on a GPU."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} GPUs are needed, and there are {torch.cuda.device_count()}")
+    dtype = "float32" if strategy.startswith("zero") else "float64"
+    cases = [
+        Case(strategy=strategy, policy=policy, dtype=dtype if name == "gated_attention" else "float32", aggregator=name)
+        for name in ("gated_attention", "split+mean", "gathered+mean")
+    ]
+    check(world(ranks, "cuda"), cases)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

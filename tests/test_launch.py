@@ -93,7 +93,7 @@ def test_two_ranks_train_as_one_process_does(with_real_slide: Path, tmp_path: Pa
     assert "--optim.lr was 0.0001 and is 0.5" in changed.stderr
     other = launch(command(with_real_slide, out, "--run.name", "two", "--run.epochs", "2", "--resume", ranks=None))
     assert other.returncode != 0
-    assert "written by zero2 on 2 ranks, and this run is single on 1 ranks" in other.stderr
+    assert "written by zero2 on 2 ranks, and this run is single or ddp" in other.stderr
 
 
 def test_losing_a_rank_ends_the_run(demo_manifest: Path, tmp_path: Path) -> None:
@@ -155,11 +155,60 @@ def test_a_contradiction_with_ds_json_is_an_error(demo_manifest: Path, tmp_path:
     assert not any(tmp_path.glob("egfr*")), "nothing was started"
 
 
-def test_several_ranks_need_deepspeed(demo_manifest: Path, tmp_path: Path) -> None:
-    words = command(demo_manifest, tmp_path, ranks=None)
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment() | {"WORLD_SIZE": "2", "RANK": "0"}, capture_output=True, text=True,
-        timeout=PATIENCE_S,
-    )  # fmt: skip
+def torchrun(ranks: int, manifest: Path, out: Path, *extra: str) -> list[str]:
+    """The recipe under torchrun."""
+    recipe = ["recipes/egfr.py", "--data.manifest", str(manifest), "--run.out", str(out), *SMALL, *extra]
+    port = str(29600 + os.getpid() % 300)
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        f"--master-port={port}",
+        *recipe,
+    ]
+
+
+def test_torchrun_and_a_resume_on_other_ranks(demo_manifest: Path, tmp_path: Path) -> None:
+    """FSDP2, two slides side by side; then one rank that takes them one after another, and the same as one process."""
+    fsdp = ["--parallel.strategy", "fsdp", "--run.name", "fsdp", "--optim.optimizer", "sgd"]
+    side_by_side = [*fsdp, "--parallel.tile-ranks", "1", "--parallel.fsdp-shard", "tiles", "--run.epochs", "1"]
+    first = launch(torchrun(2, demo_manifest, tmp_path, *side_by_side))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "fsdp, 2 slides a step" in first.stderr
+    assert len(re.findall("planned peak", first.stderr)) == 1
+    after = [*fsdp, "--optim.accumulate", "2", "--run.epochs", "2", "--resume"]
+    second = launch(torchrun(1, demo_manifest, tmp_path, *after))
+    assert second.returncode == 0, second.stdout + second.stderr
+    single = ["--run.name", "single", "--run.epochs", "2", "--optim.accumulate", "2", "--optim.optimizer", "sgd"]
+    whole = launch(command(demo_manifest, tmp_path, *single, ranks=None))
+    assert whole.returncode == 0, whole.stderr
+    # The schedule of the first run ended after one epoch, so only that epoch is the same.
+    steps = len(losses(tmp_path / "single")) // 2
+    assert len(losses(tmp_path / "fsdp")) == 2 * steps
+    one = launch(command(demo_manifest, tmp_path, *single[2:], "--run.name", "one", "--run.epochs", "1", ranks=None))
+    assert one.returncode == 0, one.stderr
+    assert losses(tmp_path / "fsdp")[:steps] == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    other = launch(command(demo_manifest, tmp_path, "--run.name", "single", "--resume", ranks=None))
+    assert "the run was begun with 2 slides a step, and this is 1" in other.stderr
+
+
+@pytest.mark.parametrize("policy", ["keep", "offload"])
+def test_policies_give_the_same_run(demo_manifest: Path, tmp_path: Path, policy: str) -> None:
+    """What becomes of activations does not change what is learnt; and the offload leaves nothing behind."""
+    settings = ["--run.epochs", "1", "--model.drop-path", "0.2", "--model.transformer-layers", "1"]
+    for name in ("recompute", policy):
+        done = launch(
+            command(demo_manifest, tmp_path, *settings, "--run.name", name, "--memory.policy", name, ranks=None)
+        )
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / policy) == pytest.approx(losses(tmp_path / "recompute"), rel=1e-4)
+    assert not any((tmp_path / policy / "offload").glob("*"))
+
+
+def test_a_budget_that_is_too_small_is_told(demo_manifest: Path, tmp_path: Path) -> None:
+    done = launch(command(demo_manifest, tmp_path, "--memory.budget", "64MiB", ranks=None))
     assert done.returncode != 0
-    assert "2 ranks were started, which takes --deepspeed_config" in done.stderr
+    assert "a bag of 10 tiles does not fit" in done.stderr
+    assert "--memory.checkpoint-blocks" in done.stderr
+    assert "Traceback" not in done.stderr

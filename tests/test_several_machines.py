@@ -126,8 +126,8 @@ def run_folder(words: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(recipe: Callable[..., list[str]]) -> list[float]:
-    """Losses of one process on one machine."""
+def alone(network: list[Host], recipe: Callable[..., list[str]]) -> list[float]:
+    """Losses of one process on one machine; where there is no network, nobody waits for them."""
     words = recipe("alone")
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), check=True, timeout=PATIENCE_S)
     found = losses(run_folder(words))
@@ -159,7 +159,10 @@ def by_slurm(hosts: list[Host], words: list[str], logs: list[Path]) -> list[subp
     """docs/slurm.sh as sbatch runs it on the first host, with stand-ins for srun and scontrol."""
     tools = logs[0].with_name("slurm")
     tools.mkdir()
-    tasks = [f'{shlex.join(host.inside([]))} "$@" >{shlex.quote(str(log))} 2>&1 &' for host, log in zip(hosts, logs)]
+    tasks = [
+        f'{shlex.join(host.inside([]))} "$@" >{shlex.quote(str(log))} 2>&1 &'
+        for host, log in zip(hosts, logs, strict=True)
+    ]
     srun = ["#!/bin/bash", "while [[ $1 == --* ]]; do shift; done", *tasks, "wait -n && wait -n"]
     scontrol = ["#!/bin/sh", f"printf '%s\\n' {' '.join(host.name for host in hosts)}"]
     for name, lines in (("srun", srun), ("scontrol", scontrol)):

@@ -19,7 +19,8 @@ class World:
     Starting Python, torch and DeepSpeed costs seconds a process, so one world serves many cases.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        """With `device` "cuda", each rank has a GPU of its own, and they talk by NCCL."""
         self.size = size
         context = mp.get_context("spawn")
         with socket.socket() as probe:
@@ -29,7 +30,7 @@ class World:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, device, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -72,18 +73,24 @@ class _Answer:
     error: str | None
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, size: int, port: int, device: str, pipe: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": device,
     }  # fmt: skip
     import torch
 
-    from slidescale.engine.parallel.mesh import start_world
+    from slidescale.engine.parallel.mesh import pick_device, start_world
     from slidescale.engine.parallel.tile_parallel import TileGroup
 
     torch.set_num_threads(1)
-    start_world(torch.device("cpu"))
+    if device == "cuda":
+        # Products and convolutions in full fp32, so that the CPU's tolerances hold.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    else:
+        torch.cuda.is_available = lambda: False
+    start_world(pick_device(rank))
     group = TileGroup(rank, size)
     while True:
         function, args = pipe.recv()
