@@ -260,6 +260,18 @@ class Config:
         """All settings as JSON can hold them."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
+    def flat(self) -> dict[str, Any]:
+        """`as_dict` with dotted names: {"data.k": "all", …}."""
+        return flatten(self.as_dict())
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:

@@ -72,12 +72,13 @@ class Feed:
         self._plan = plan
 
     def epoch(self, epoch: int) -> Iterator[Step]:
-        """The steps of an epoch; a step without any slide that can be read is left out."""
+        """The steps of an epoch; a step of one slot without any slide that can be read is left out."""
         slides, data = self._mesh.slides, self._config.data
         rows = epoch_order(self._cohort.usable("train"), seed=self._config.run.seed, epoch=epoch)
         bags = [self._draw(row, epoch) for row in rows[self._mesh.slide :: slides]]
         requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in bags)
-        own = zip(bags, self._reader.ahead(requests, data.prefetch), strict=True)
+        readings = self._reader.ahead(requests, data.prefetch)
+        own = iter(bags)
         size = slides * self._config.optim.accumulate
         for begin in range(0, len(rows), size):
             step_rows = rows[begin : begin + size]
@@ -86,7 +87,7 @@ class Feed:
             counts = [max(self._mesh.tiles.chunk_count(k, self._plan.chunk) for k in ks) for ks in sizes]
             step = Step(step_rows, sum(map(sum, sizes)), sum(1 + count for count in counts))
             shares = (
-                self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own)
+                self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own, readings)
                 for slot, count, ks in zip(slots, counts, sizes, strict=True)
             )
             first = next(shares)
@@ -101,7 +102,8 @@ class Feed:
         slot: Sequence[ManifestRow],
         count: int,
         stored: int,
-        own: Iterator[tuple[Bag, Reading]],
+        bags: Iterator[Bag],
+        readings: Iterator[Reading],
     ) -> Share:
         """This rank's share of a slot, once every rank knows which of its slides could be read.
 
@@ -110,9 +112,9 @@ class Feed:
         bag, tiles, fault = None, None, None
         if self._mesh.slide < len(slot):
             begin = time.perf_counter()
-            bag, reading = next(own)
+            bag = next(bags)
             try:
-                tiles = reading.wait()
+                tiles = next(readings).wait()
             except SlideError as error:
                 fault = (bag.row.slide_id, str(error))
             step.waited_s += time.perf_counter() - begin

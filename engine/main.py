@@ -21,7 +21,7 @@ from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config, uses_bf16
-from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.errors import ConfigError, MachineError, UserError
 from slidescale.engine.feed import Feed
 from slidescale.engine.logger import RunLog, configure_logging
 from slidescale.engine.memory.run_plan import make_offload, plan_run
@@ -31,7 +31,15 @@ from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.parallel.mesh import Mesh, is_main_rank, make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.parallel.mesh import (
+    Mesh,
+    check_launcher,
+    is_main_rank,
+    make_mesh,
+    pick_device,
+    start_world,
+    stop_world,
+)
 from slidescale.engine.parallel.select import make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
@@ -60,6 +68,8 @@ def main(description: str, *, default: Config, demo: Config, argv: Sequence[str]
         config = tyro.cli(Config, default=default if has_manifest else demo, args=argv, description=description)
         run(config)
         stop_world()
+    except MachineError as error:
+        sys.exit(f"error: {error}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
     except UserError as error:
         # What is wrong with the input is found by all ranks alike, so one of them tells.
         if is_main_rank():
@@ -77,6 +87,7 @@ def run(config: Config) -> Path:
     Raises:
         UserError: something about the input or the settings; no work is lost.
     """
+    check_launcher()
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
     strategy_name = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and _has_bf16(device))
@@ -88,6 +99,7 @@ def run(config: Config) -> Path:
     if strategy_name != "single":
         start_world(device)
         mesh = make_mesh(device, config.parallel.tile_ranks)
+        _check_alike(config, mesh)
     manifest = manifest or _demo_manifest(config, mesh)
     weights, classes = config.optim.class_weights, manifest.classes
     if weights and len(weights) != len(classes):
@@ -180,6 +192,19 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             transformer_spread=settings.transformer_spread,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
+
+
+def _check_alike(config: Config, mesh: Mesh) -> None:
+    """Refuse ranks that were started with different settings, which would wait for each other for ever."""
+    first, *others = mesh.world.gather_objects(config.flat() | {"local_rank": None})
+    for rank, other in enumerate(others, start=1):
+        different = [
+            f"--{name.replace('_', '-')}: {first[name]!r} and {other[name]!r}"
+            for name in first
+            if first[name] != other[name]
+        ]
+        if different:
+            raise ConfigError(f"ranks 0 and {rank} were started with different settings:\n  " + "\n  ".join(different))
 
 
 def _warn_of_random_weights(config: Config, encoder: Encoder) -> None:

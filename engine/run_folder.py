@@ -10,7 +10,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from slidescale.engine.config import Config, MemoryConfig, ParallelConfig
+from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, flatten
 from slidescale.engine.errors import UserError
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
@@ -51,8 +51,8 @@ def check_same_settings(folder: Path, config: Config) -> None:
     Raises:
         UserError: lists what differs, with both values.
     """
-    recorded = _flat(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
-    wanted = _flat(config.as_dict())
+    recorded = flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+    wanted = config.flat()
     different = [
         f"--{name.replace('_', '-')} was {recorded.get(name)!r} and is {value!r}"
         for name, value in wanted.items()
@@ -66,14 +66,6 @@ def _numbered(out: Path, name: str) -> Iterator[Path]:
     yield out / name
     for number in count(2):
         yield out / f"{name}-{number}"
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def record_run(folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...]) -> None:

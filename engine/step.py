@@ -17,9 +17,12 @@ from slidescale.engine.parallel.strategy import Strategy
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one training step: the mean loss of its slides, and the gradient norm before clipping."""
+    """Of one training step: the mean loss of its slides, and the gradient norm before clipping.
 
-    loss: float
+    The loss is None when none of the slides could be read.
+    """
+
+    loss: float | None
     gradient_norm: float
 
 
@@ -71,7 +74,7 @@ class TrainStep:
             gradient_norm = strategy.step()
         except TrainingError as error:
             raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
-        return StepResult(sum(losses.values()) / len(losses), gradient_norm)
+        return StepResult(sum(losses.values()) / len(losses) if losses else None, gradient_norm)
 
     @contextmanager
     def _offloading(self) -> Iterator[None]:

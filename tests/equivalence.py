@@ -1,5 +1,6 @@
 """The engine's steps beside plain single-process autograd; runs on every rank of a world."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.tiling import Tiling
-from slidescale.engine.errors import TrainingError
+from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.feed import Feed
 from slidescale.engine.memory import offload
 from slidescale.engine.models.aggregator import Aggregator
@@ -44,6 +45,7 @@ from slidescale.engine.step import TrainStep
 BAG_SIZES = (7, 5, 1, 2, 11)
 TILE_PX = 32
 LEARNING_RATE = 0.05
+EXCLUDED = Path(tempfile.gettempdir()) / f"excluded-{os.getpid()}.csv"
 FSDP_UNIT_NUMEL = 1_000  # the encoders are tiny, and must fall into several units all the same
 
 
@@ -54,7 +56,7 @@ class Case:
     Attributes:
         strategy: "single", "mean" (see MeanReducer), "ddp", "zero0" to "zero3", "fsdp"; with "+offload", "+hold" or
             "+tiles" (shards over the tile group).
-        policy: "keep", "recompute", "offload" (to disk; on a GPU, to the host), or "auto-N": N chunks' graphs are stored.
+        policy: "keep", "recompute", "offload" (to disk; from a GPU, to the host), or "auto-N": N chunks' graphs stay.
         aggregator: a pooling, after "split+" or "gathered+" transformer layers or none, with "+slide_norm" or without.
         optimizer: "sgd", or "adamw" with an epsilon large enough that it does not turn rounding into steps where a
             gradient is near zero.
@@ -62,6 +64,7 @@ class Case:
         accumulate: A.
         dropout: of encoder (stochastic depth) and aggregator.
         steepness: factor on the loss.
+        unreadable: paths of slides that turn out so when their tiles are wanted, as digits.
     """
 
     strategy: str
@@ -76,6 +79,7 @@ class Case:
     dropout: float = 0.0
     checkpoint_blocks: bool = False
     steepness: float = 1.0
+    unreadable: str = ""
 
     def __str__(self) -> str:
         return " ".join(str(value) for value in vars(self).values() if value)
@@ -107,19 +111,25 @@ class MeanReducer(SingleStrategy):
 class Reading:
     """Tiles that are there already."""
 
-    def __init__(self, tiles: Tensor) -> None:
+    def __init__(self, tiles: Tensor | None) -> None:
         self._tiles = tiles
 
     def wait(self) -> Tensor:
+        if self._tiles is None:
+            raise SlideError("blank")
         return self._tiles
 
 
 class MemoryReader:
-    """Answers for slides that exist only here."""
+    """Answers for slides that exist only here; the last rank that shares an unreadable one finds it so."""
+
+    def __init__(self, unreadable: str, group: TileGroup) -> None:
+        self._unreadable = unreadable if group.rank == group.size - 1 else ""
 
     def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
         for request in requests:
-            yield Reading(all_tiles(request.path)[request.coords[:, 0] // 10])
+            damaged = request.path.name in self._unreadable
+            yield Reading(None if damaged else all_tiles(request.path)[request.coords[:, 0] // 10])
 
 
 @cache
@@ -152,7 +162,7 @@ def make_cohort(mesh: Mesh) -> Cohort:
         ManifestRow(f"slide-{index}", f"case-{index}", Path(str(index)), index % 2, "train")
         for index in range(len(BAG_SIZES))
     ]
-    cohort = Cohort(Manifest(tuple(rows), ("a", "b")), mesh.world, max_excluded=0, excluded_csv=Path("none"))
+    cohort = Cohort(Manifest(tuple(rows), ("a", "b")), mesh.world, max_excluded=1, excluded_csv=EXCLUDED)
     for row, k in zip(rows, BAG_SIZES, strict=True):
         coords = np.stack([10 * np.arange(k), 10 * (np.arange(k) ** 2 % 5)], axis=1)
         cohort.tilings[row.slide_id] = Tiling(coords, side_px=10.0)
@@ -183,13 +193,20 @@ def plain_autograd(case: Case, slides_a_step: int) -> dict[str, Tensor]:
     """Parameters after an epoch of plain steps, each slide's tiles in one graph."""
     return _plain_autograd(
         case.aggregator.replace("gathered+", "split+"), case.encoder, case.optimizer, case.dtype, case.dropout,
-        case.steepness, slides_a_step,
+        case.steepness, case.unreadable, slides_a_step,
     )  # fmt: skip
 
 
 @cache
 def _plain_autograd(
-    aggregator: str, encoder: str, optimizer: str, dtype: str, dropout: float, steepness: float, slides_a_step: int
+    aggregator: str,
+    encoder: str,
+    optimizer: str,
+    dtype: str,
+    dropout: float,
+    steepness: float,
+    unreadable: str,
+    slides_a_step: int,
 ) -> dict[str, Tensor]:
     case = Case(
         strategy="single", aggregator=aggregator, encoder=encoder, optimizer=optimizer, dtype=dtype, dropout=dropout
@@ -201,7 +218,10 @@ def _plain_autograd(
     rows = epoch_order(cohort.usable("train"), seed=0, epoch=0)
     for begin in range(0, len(rows), slides_a_step):
         step_rows = rows[begin : begin + slides_a_step]
-        for row in step_rows:
+        readable = [row for row in step_rows if row.path.name not in unreadable]
+        if not readable:
+            continue
+        for row in readable:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
             with drawing_for(Draw(bag.seed, 0, bag.k)):
                 features = model.encode(all_tiles(row.path).to(device()))
@@ -252,7 +272,13 @@ def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
     """An epoch of the engine's own steps; their losses."""
     stored = {"keep": 99, "recompute": 0, "offload": 99}.get(case.policy)
     stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
-    feed: Any = Feed(make_config(case), make_cohort(mesh), MemoryReader(), mesh, FixedPlan(case.chunk, stored))  # type: ignore[arg-type]
+    feed: Any = Feed(
+        make_config(case),
+        make_cohort(mesh),
+        MemoryReader(case.unreadable, mesh.tiles),
+        mesh,
+        FixedPlan(case.chunk, stored),
+    )  # type: ignore[arg-type]
     with offload_for(case, mesh) as store:
         train_step = TrainStep(
             strategy, CrossEntropy([case.steepness] * 2, 2).to(device()), mesh, chunk=case.chunk, offload=store

@@ -134,6 +134,17 @@ def test_several_slides_a_step(world: GetWorld, ranks: int, tile_ranks: int, acc
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("ranks", "tile_ranks", "accumulate"), [(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 2, 1)])
+def test_unreadable_slides_count_as_zero(world: GetWorld, ranks: int, tile_ranks: int, accumulate: int) -> None:
+    """One rank finds out; every rank goes on with the other slides of the step."""
+    strategies = [("ddp", "float64"), ("fsdp", "float64"), ("zero3", "float32")]
+    cases = [
+        Case(strategy=name, dtype=dtype, tile_ranks=tile_ranks, accumulate=accumulate, policy="auto-1", unreadable="04")
+        for name, dtype in strategies
+    ]
+    check(world(ranks), cases)
+
+
 @pytest.mark.parametrize("policy", ["recompute", "keep", "offload", "auto-1"])
 def test_activation_checkpointing(world: GetWorld, policy: str) -> None:
     """Blocks that are computed again in the backward, in each policy, with masks drawn again."""

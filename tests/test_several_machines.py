@@ -169,7 +169,7 @@ def by_slurm(hosts: list[Host], words: list[str], logs: list[Path]) -> list[subp
         (tools / name).write_text("\n".join(lines) + "\n")
         (tools / name).chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
-    job |= {"SLURM_JOB_ID": "12345678", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    job |= {"SLURM_JOB_ID": "12345678", "SLURM_GPUS_ON_NODE": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     with logs[0].with_name("job").open("wb") as file:
         script = ["bash", str(ROOT / "docs" / "slurm.sh"), *words, "--parallel.strategy", "fsdp"]
         return [subprocess.Popen(script, env=environment() | job, stdout=file, stderr=subprocess.STDOUT)]

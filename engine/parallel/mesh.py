@@ -1,5 +1,6 @@
 """Starting up: which ranks there are, which device each computes on, and who shares a slide with whom."""
 
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.errors import ConfigError, MachineError, UserError
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
@@ -26,6 +27,20 @@ def is_main_rank() -> bool:
 def local_ranks() -> int:
     """The number of ranks on this machine, which torchrun and DeepSpeed's launcher call differently."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+
+
+def check_launcher() -> None:
+    """Refuse to train alone, several times over, when a launcher has started several processes and told none its rank.
+
+    Raises:
+        MachineError: srun or mpirun did.
+    """
+    started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if "RANK" not in os.environ and started > 1:
+        raise MachineError(
+            f"{started} processes were started by srun or mpirun, and none is told its rank: let it start one torchrun "
+            "a machine (docs/slurm.sh)"
+        )
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -102,6 +117,7 @@ def start_world(device: torch.device) -> None:
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _check_own_address()
     # Tensors on a GPU travel by NCCL; Python objects, and everything on a CPU machine, by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -112,6 +128,23 @@ def start_world(device: torch.device) -> None:
             f"the ranks cannot meet at {where}: {error}. Where another run has the port, choose one with "
             "deepspeed --master_port, or torchrun --master-port"
         ) from None
+
+
+def _check_own_address() -> None:
+    """Refuse a machine whose name stands for an address that only itself can reach: gloo would listen at that one."""
+    if local_ranks() == int(os.environ["WORLD_SIZE"]) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = socket.gethostname()
+    try:
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(name, None)}
+    except socket.gaierror:
+        addresses = set()
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        raise MachineError(
+            f"this machine's name, {name}, stands for {', '.join(sorted(addresses)) or 'no address'}, where the other "
+            "machines cannot reach it: correct /etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface on every "
+            "machine (docs/several_machines.md)"
+        )
 
 
 def stop_world() -> None:
