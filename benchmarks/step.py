@@ -27,7 +27,7 @@ from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.offload import DiskOffload
 from slidescale.engine.memory.planner import Job, choose, model_state
-from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
+from slidescale.engine.memory.usage import GIB, held_bytes, keep_freed_memory, peak_gib, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
@@ -64,8 +64,7 @@ def make_step(tiles: torch.Tensor, mesh: Mesh, k: int, chunk: int, stored: int) 
 
 def cell(args: argparse.Namespace) -> dict[str, Any]:
     """One configuration in this process: steps of the engine, their memory and their time."""
-    if args.exact_memory:
-        return_freed_memory()
+    (return_freed_memory if args.exact_memory else keep_freed_memory)()  # as the engine does with a budget or without
     torch.set_num_threads(args.threads)
     mesh = Mesh()
     if args.ranks > 1:
@@ -159,6 +158,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     """Tiles a second of each policy beside its limit, by turns in one process; then two ranks beside one."""
+    keep_freed_memory()  # as the engine does without a budget
     torch.set_num_threads(args.threads)
     k, chunk = args.k[0], 16
     model = make_model(args.encoder, args.tile, bf16=True)

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import tyro
 
+from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, RunConfig
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory.devices import Device, find_device
+from slidescale.engine.main import make_model
+from slidescale.engine.memory.devices import find_device
+from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import (
     BANDWIDTH_UTILISATION,
-    CHUNK_CAP,
     MOMENTS,
     UTILISATION,
     Job,
@@ -23,10 +25,11 @@ from slidescale.engine.memory.planner import (
     OptimizerName,
     Plan,
     PolicyName,
-    StrategyName,
+    ShardingName,
     choose,
     largest_k,
     model_state,
+    sizes_to_measure,
     step_flops,
     step_seconds,
 )
@@ -37,6 +40,12 @@ CUDA_RESERVE = GIB
 FRAGMENTATION = 0.05
 # Resident memory of Python and the libraries before there is a model.
 CPU_RESERVE = GIB
+
+# As the planner's HELPS, in the words of this command.
+HELPS = (
+    "What helps: --checkpoint-blocks, a smaller --tile-px or --k, more --ranks, "
+    "a --strategy that shards or offloads the model (zero3, fsdp), a larger --memory"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ class PlanRequest:
     """A timm model name, or hf-hub:owner/model."""
     ranks: int = 1
     """Ranks, which share each slide's tiles and the model."""
-    strategy: StrategyName | Literal["auto"] = "auto"
+    strategy: ShardingName | Literal["auto"] = "auto"
     """How the model is spread over ranks; auto: single for one rank, ddp for more."""
     policy: PolicyName = "auto"
     """What becomes of the encoder's activations between forward and backward."""
@@ -85,7 +94,10 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
-        for name, least in (("k", 1), ("ranks", 1), ("tile_px", 16), ("prefetch", 1), ("lora_rank", 0)):
+        minima = (
+            ("k", 1), ("ranks", 1), ("tile_px", 16), ("prefetch", 1), ("lora_rank", 0), ("transformer_layers", 0)
+        )  # fmt: skip
+        for name, least in minima:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be at least {least}")
         if self.chunk != "auto" and self.chunk < 1:
@@ -112,7 +124,7 @@ class PlanRequest:
         return (self.device or "").lower() == "cpu"
 
     @property
-    def chosen_strategy(self) -> StrategyName:
+    def chosen_strategy(self) -> ShardingName:
         """The strategy that auto stands for."""
         if self.strategy != "auto":
             return self.strategy
@@ -134,6 +146,16 @@ class Answer:
     flops: float
     seconds: float | None
 
+    @property
+    def on_host(self) -> int:
+        """Bytes in the host's memory, beside a GPU."""
+        return self.state.host + self.plan.need.host + (0 if self.request.on_cpu else self.plan.need.away)
+
+    @property
+    def in_files(self) -> int:
+        """Bytes on disk."""
+        return self.plan.need.away if self.request.on_cpu else 0
+
     def as_dict(self) -> dict[str, Any]:
         """As --json prints it."""
         plan, state = self.plan, self.state
@@ -149,7 +171,8 @@ class Answer:
             },
             "step_bytes": dataclasses.asdict(plan.need) | {"total": plan.need.total},
             "peak_bytes": plan.peak,
-            "host_bytes": state.host + plan.need.host,
+            "host_bytes": self.on_host,
+            "file_bytes": self.in_files,
             "policy": plan.policy, "chunk": plan.chunk, "chunks": plan.chunks, "stored_chunks": plan.stored,
             "chunk_graph_bytes": self.graphs,
             "fits": not plan.warning, "warning": plan.warning,
@@ -174,11 +197,14 @@ def make_plan(request: PlanRequest) -> Answer:
     Raises:
         ConfigError: not even one tile fits, or timm has no such encoder.
     """
-    # These take seconds to import, and a wrong command line should be told at once.
-    from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, RunConfig
-    from slidescale.engine.main import make_model
-    from slidescale.engine.memory.footprint import measure
-
+    device = find_device(request.device) if request.device and not request.on_cpu else None
+    memory = parse_size(request.memory, "--memory") if request.memory else device.memory if device else 0
+    reserve = CPU_RESERVE if request.on_cpu else CUDA_RESERVE + round(FRAGMENTATION * memory)
+    if memory <= reserve:
+        raise ConfigError(
+            f"--memory is {format_size(memory)}, of which {format_size(reserve)} are kept in reserve for libraries: "
+            "nothing is left for the model; give more"
+        )
     logging.getLogger("slidescale").setLevel(logging.ERROR)  # nothing is trained, so no advice on training
     config = Config(
         run=RunConfig(name="plan"),
@@ -189,13 +215,13 @@ def make_plan(request: PlanRequest) -> Answer:
         memory=MemoryConfig(checkpoint_blocks=request.checkpoint_blocks),
     )
     kind = "cpu" if request.on_cpu else "cuda"
-    cap = CHUNK_CAP[kind] if request.chunk == "auto" else request.chunk
     local = math.ceil(request.k / request.ranks)
+    chunks, bags = sizes_to_measure(local, request.chunk, kind)
     footprint = measure(
         lambda: make_model(config, classes=2, bf16=request.precision == "bf16"),
         tile_px=request.tile_px,
-        chunks=sorted({1, max(1, cap // 16), cap}),
-        bags=sorted({1, local}),
+        chunks=chunks,
+        bags=bags,
         device=kind,
     )
     state = model_state(
@@ -206,29 +232,22 @@ def make_plan(request: PlanRequest) -> Answer:
         offload_optimizer=request.optimizer_offload,
         offload_parameters=request.parameter_offload,
     )
-    device = find_device(request.device) if request.device and not request.on_cpu else None
-    memory = parse_size(request.memory, "--memory") if request.memory else device.memory if device else 0
-    reserve = CPU_RESERVE if request.on_cpu else CUDA_RESERVE + round(FRAGMENTATION * memory)
     job = Job(footprint=footprint, ranks=request.ranks, prefetch=request.prefetch, update=state.update)
-    plan = choose(
-        job, k=request.k, budget=memory - reserve, base=state.base, policy=request.policy, chunk=request.chunk
-    )
+    try:
+        plan = choose(
+            job, k=request.k, budget=memory - reserve, base=state.base, policy=request.policy, chunk=request.chunk
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{error}. {HELPS}") from None
     room = plan.budget - plan.base
-    policies: tuple[PolicyName, ...] = ("keep", "recompute") if kind == "cpu" else ("keep", "recompute", "offload")
+    policies: tuple[PolicyName, ...] = ("keep", "recompute", "offload")
     return Answer(
         request, memory, reserve, footprint.parameters, state, plan,
         graphs=footprint.graph(min(plan.chunk, local)),
         largest_k={policy: largest_k(job, room=room, policy=policy, chunk=plan.chunk) for policy in policies},
-        flops=step_flops(job, plan, checkpoint_blocks=request.checkpoint_blocks),
-        seconds=_seconds(request, job, plan, device),
+        flops=step_flops(job, plan),
+        seconds=step_seconds(job, plan, device, bf16=request.precision == "bf16") if device else None,
     )  # fmt: skip
-
-
-def _seconds(request: PlanRequest, job: Job, plan: Plan, device: Device | None) -> float | None:
-    if device is None:
-        return None
-    bf16 = request.precision == "bf16"
-    return step_seconds(job, plan, device, bf16=bf16, checkpoint_blocks=request.checkpoint_blocks)
 
 
 def format_answer(answer: Answer) -> str:
@@ -246,7 +265,7 @@ def format_answer(answer: Answer) -> str:
         ("buffers", state.buffers, "communication"),
     ]
     step_rows = [
-        ("pixels", need.pixels, f"uint8, {local:,} tiles" + ("" if need.host else ", and what is read ahead")),
+        ("pixels", need.pixels, f"uint8, {local:,} tiles" + (", and what is read ahead" if request.on_cpu else "")),
         ("features and aggregator", need.features, f"{plan.job.footprint.dim} a tile, fp32"),
         ("stored graphs", need.graphs, stored),
         ("chunk under way", need.chunk, f"{plan.chunk} tiles"),
@@ -264,8 +283,8 @@ def format_answer(answer: Answer) -> str:
         _row("peak", plan.peak, f"{plan.peak / plan.budget:.0%} of the budget"),
         _row("budget", plan.budget, f"{format_size(answer.memory)}, less {format_size(answer.reserve)} in reserve"),
     ]
-    if state.host + need.host:
-        lines.append(_row("beside it, on the host", state.host + need.host, "a rank"))
+    beside = [("beside it, on the host", answer.on_host), ("beside it, in files", answer.in_files)]
+    lines += [_row(name, size, "a rank") for name, size in beside if size]
     again = plan.chunks - plan.stored
     forwards = f"{again:,} chunks encoded twice" if again else "each chunk encoded once"
     lines += [
@@ -276,7 +295,8 @@ def format_answer(answer: Answer) -> str:
     if answer.seconds is not None:
         lines.append(
             f"time: {answer.seconds:,.2f} s a step on {request.device}, at {UTILISATION:.0%} of its arithmetic or "
-            f"{BANDWIDTH_UTILISATION:.0%} of its memory bandwidth; reading and communication not counted"
+            f"{BANDWIDTH_UTILISATION:.0%} of a bandwidth, its memory's or the host's; "
+            "reading and communication between ranks not counted"
         )
     largest = ", ".join(f"{policy} {k:,}" for policy, k in answer.largest_k.items())
     lines.append(f"largest K with these chunks: {largest}")

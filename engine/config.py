@@ -128,7 +128,7 @@ class MemoryConfig:
     budget: str = "auto"
     """Memory that a rank's process may take in all (the device's on a GPU), such as 8GiB; auto: what is held
     at the start, and 90% of what is free then on a GPU, 50% of a rank's part on a CPU. For policy auto, and chunk
-    auto."""
+    auto; for training bags, and not for validation's, which have all tiles but store no graph."""
     chunk: int | Literal["auto"] = "auto"
     """Tiles that go through the encoder at once; auto: as many as are fast, and fit."""
     checkpoint_blocks: bool = False
@@ -144,6 +144,10 @@ class MemoryConfig:
         _require(
             self.chunk == "auto" or self.chunk >= 1, "memory.chunk", self.chunk, "must be auto, or at least 1 tile"
         )
+        if self.policy != "offload":
+            rule = "is for --memory.policy offload"
+            _require(self.offload_to == "auto", "memory.offload_to", self.offload_to, rule)
+            _require(self.offload_folder is None, "memory.offload_folder", self.offload_folder, rule)
         if self.budget != "auto":
             parse_size(self.budget, "--memory.budget")
 
@@ -252,7 +256,7 @@ class Config:
     resume: bool = False
     """Continue the latest run of this name from its last checkpoint."""
     deepspeed_config: Path | None = None
-    """DeepSpeed's settings (ds.json). Without it one process trains with plain PyTorch."""
+    """DeepSpeed's settings (ds.json). Without it: PyTorch alone, see parallel.strategy."""
     local_rank: int = -1
     """Given by the launcher; not for you to set."""
 

@@ -9,10 +9,6 @@ class ConfigError(UserError):
     """A setting, or a combination of settings, that cannot be run."""
 
 
-class MachineError(UserError):
-    """Something about this machine that its own ranks must tell, since the others cannot know."""
-
-
 class ManifestError(UserError):
     """A manifest that cannot be trained on; the message lists every problem with its row."""
 

@@ -8,6 +8,7 @@ parameters under ZeRO-3 and FSDP2 and must find their partners.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import tee
 
 import numpy as np
 import torch
@@ -72,13 +73,12 @@ class Feed:
         self._plan = plan
 
     def epoch(self, epoch: int) -> Iterator[Step]:
-        """The steps of an epoch; a step of one slot without any slide that can be read is left out."""
+        """The steps of an epoch; a step without any slide that can be read is left out."""
         slides, data = self._mesh.slides, self._config.data
         rows = epoch_order(self._cohort.usable("train"), seed=self._config.run.seed, epoch=epoch)
-        bags = [self._draw(row, epoch) for row in rows[self._mesh.slide :: slides]]
-        requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in bags)
+        own, to_read = tee(self._draw(row, epoch) for row in rows[self._mesh.slide :: slides])
+        requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in to_read)
         readings = self._reader.ahead(requests, data.prefetch)
-        own = iter(bags)
         size = slides * self._config.optim.accumulate
         for begin in range(0, len(rows), size):
             step_rows = rows[begin : begin + size]
@@ -90,11 +90,14 @@ class Feed:
                 self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own, readings)
                 for slot, count, ks in zip(slots, counts, sizes, strict=True)
             )
-            first = next(shares)
-            if len(slots) == 1 and not any(row.slide_id not in self._cohort.excluded for row in step_rows):
-                continue
-            step.shares = _chain(first, shares)
-            yield step
+            for slot, count in zip(slots, counts, strict=True):
+                first = next(shares)
+                if any(row.slide_id not in self._cohort.excluded for row in slot):
+                    step.shares = _chain(first, shares)
+                    del first  # it would be held for the whole step
+                    yield step
+                    break
+                step.backwards -= 1 + count  # nothing to compute: the step begins with the next slot
 
     def _share(
         self,

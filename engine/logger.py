@@ -8,8 +8,6 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from slidescale.engine.checkpoint import Progress
-
 
 def configure_logging(main: bool) -> None:
     """Let the main rank speak, above its progress bar, and the others only of errors."""
@@ -42,14 +40,15 @@ class RunLog:
     Args:
         folder: where TensorBoard's event files go.
         slides: that the whole run trains on, for the progress bar.
-        progress: made before a resume.
+        done: of these, trained on before a resume.
+        step: optimizer steps taken before a resume.
     """
 
-    def __init__(self, folder: Path, *, main: bool, slides: int, progress: Progress) -> None:
-        self._board = SummaryWriter(folder, purge_step=progress.step + 1) if main else None
+    def __init__(self, folder: Path, *, main: bool, slides: int, done: int, step: int) -> None:
+        self._board = SummaryWriter(folder, purge_step=step + 1) if main else None
         # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
         self.bar = tqdm(
-            total=slides, initial=progress.step * progress.slides_a_step, unit="slide", smoothing=0,
+            total=slides, initial=done, unit="slide", smoothing=0,
             dynamic_ncols=True, leave=False, disable=not main or not sys.stderr.isatty(),
         )  # fmt: skip
 

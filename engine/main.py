@@ -21,12 +21,12 @@ from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config, uses_bf16
-from slidescale.engine.errors import ConfigError, MachineError, UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.feed import Feed
 from slidescale.engine.logger import RunLog, configure_logging
 from slidescale.engine.memory.run_plan import make_offload, plan_run
 from slidescale.engine.memory.two_pass import seeded
-from slidescale.engine.memory.usage import GIB, return_freed_memory
+from slidescale.engine.memory.usage import GIB, keep_freed_memory, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
@@ -48,7 +48,7 @@ from slidescale.engine.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-# The launcher ends all ranks within a second of the first one's end; the main rank must have spoken by then.
+# The launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike.
 GRACE_S = 3.0
 
 
@@ -68,14 +68,12 @@ def main(description: str, *, default: Config, demo: Config, argv: Sequence[str]
         config = tyro.cli(Config, default=default if has_manifest else demo, args=argv, description=description)
         run(config)
         stop_world()
-    except MachineError as error:
-        sys.exit(f"error: {error}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
     except UserError as error:
-        # What is wrong with the input is found by all ranks alike, so one of them tells.
-        if is_main_rank():
-            sys.exit(f"error: {error}")
-        time.sleep(GRACE_S)
-        sys.exit(1)
+        # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
+        # still there after that has found it alone: a full disk, a machine without the manifest.
+        if not is_main_rank():
+            time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
+        sys.exit(f"error: {error}")
 
 
 def run(config: Config) -> Path:
@@ -104,8 +102,9 @@ def run(config: Config) -> Path:
     weights, classes = config.optim.class_weights, manifest.classes
     if weights and len(weights) != len(classes):
         raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
-    if device.type == "cpu" and config.memory.budget != "auto":
-        return_freed_memory()  # else what is resident would not keep to the budget
+    if device.type == "cpu":
+        # What is resident keeps to a budget, or else what was used once is used again, which is faster.
+        (keep_freed_memory if config.memory.budget == "auto" else return_freed_memory)()
     model = make_model(config, classes=len(classes), bf16=bf16).to(device)
     _warn_of_random_weights(config, model.encoder)
     folder = _find_or_open_run_folder(config, mesh)
@@ -132,12 +131,6 @@ def run(config: Config) -> Path:
         config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
         f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
     )  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
-    progress = Progress(slides_a_step=slides_a_step, excluded={})
-    if config.resume:
-        progress = _resume(checkpoints, strategy, cohort, slides_a_step)
-    if mesh.world.rank == 0:
-        record_run(folder, config, ds_config, classes)
     plan = plan_run(
         config,
         partial(make_model, classes=len(classes), bf16=bf16),
@@ -147,14 +140,22 @@ def run(config: Config) -> Path:
         mesh=mesh,
         device=device,
     )
+    checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
+    progress = Progress(slides_a_step=slides_a_step, excluded={})
+    if config.resume:
+        progress = _resume(checkpoints, strategy, cohort, slides_a_step)
+    if mesh.world.rank == 0:
+        record_run(folder, config, ds_config, classes)
     objective = CrossEntropy(weights, len(classes)).to(device)
     offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
     reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
     feed = Feed(config, cohort, reader, mesh, plan)
+    slides = len(cohort.usable("train"))
     run_log = RunLog(
-        folder, main=mesh.world.rank == 0, slides=config.run.epochs * len(cohort.usable("train")), progress=progress
-    )
+        folder, main=mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
+        step=progress.step,
+    )  # fmt: skip
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
     finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from slidescale.engine.errors import TrainingError
 from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.offload import Offload
-from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.memory.two_pass import Chunks, Saving, backpropagate, encode
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
@@ -17,12 +17,9 @@ from slidescale.engine.parallel.strategy import Strategy
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one training step: the mean loss of its slides, and the gradient norm before clipping.
+    """Of one training step: the mean loss of its slides, and the gradient norm before clipping."""
 
-    The loss is None when none of the slides could be read.
-    """
-
-    loss: float | None
+    loss: float
     gradient_norm: float
 
 
@@ -55,35 +52,42 @@ class TrainStep:
         Raises:
             TrainingError: loss or gradient is not finite; names the slide, and no optimizer step was taken.
         """
-        strategy, model, group = self.strategy, self.strategy.model, self.mesh.tiles
-        saving = self.offload.saving if self.offload else nullcontext
         losses: dict[str, float] = {}
-        with self._offloading(), strategy.accumulate(step.backwards):
+        with self.strategy.accumulate(step.backwards):
             for share in step.shares:
-                bag, offset = share.bag, group.share(share.bag.k).start
-                tiles = share.tiles.to(strategy.device, non_blocking=True)
-                chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
-                encoded = encode(model, chunks, share.stored, saving)
-                with drawing_for(Draw(bag.seed, offset, len(tiles))):
-                    logits, _ = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
-                loss = self.objective(logits, bag.row.label)
-                losses |= self._check_losses(share, loss.item())
-                strategy.backward(loss * share.weight)
-                backpropagate(model, chunks, encoded, strategy.backward)
+                losses |= self._add(share)
         try:
-            gradient_norm = strategy.step()
+            gradient_norm = self.strategy.step()
         except TrainingError as error:
             raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
-        return StepResult(sum(losses.values()) / len(losses) if losses else None, gradient_norm)
+        return StepResult(sum(losses.values()) / len(losses), gradient_norm)
+
+    def _add(self, share: Share) -> dict[str, float]:
+        """Add the gradients of one slot, and leave nothing else of it behind; the losses of its slides."""
+        strategy, model, group = self.strategy, self.strategy.model, self.mesh.tiles
+        bag, offset = share.bag, group.share(share.bag.k).start
+        tiles = share.tiles.to(strategy.device, non_blocking=True)
+        chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
+        with self._offloading() as saving:
+            encoded = encode(model, chunks, share.stored, saving)
+            with drawing_for(Draw(bag.seed, offset, len(tiles))):
+                logits, _ = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
+            loss = self.objective(logits, bag.row.label)
+            losses = self._check_losses(share, loss.item())
+            strategy.backward(loss * share.weight)
+            backpropagate(model, chunks, encoded, strategy.backward)
+        return losses
 
     @contextmanager
-    def _offloading(self) -> Iterator[None]:
-        """Leave nothing of a step behind, whatever ends it."""
+    def _offloading(self) -> Iterator[Saving]:
+        """Where stored graphs' tensors go; nothing of a slot stays there, whatever ends it."""
+        if self.offload is None:
+            yield nullcontext
+            return
         try:
-            yield
+            yield self.offload.saving
         finally:
-            if self.offload:
-                self.offload.clear()
+            self.offload.clear()
 
     def _check_losses(self, share: Share, loss: float) -> dict[str, float]:
         """The losses of the slides side by side, on every rank.

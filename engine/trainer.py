@@ -103,8 +103,6 @@ class Trainer:
         for batch in self.feed.epoch(epoch):
             learning_rate = self.strategy.learning_rate()
             result = self.train_step(batch)
-            if result.loss is None:
-                continue
             end = time.perf_counter()
             totals.losses.append(result.loss)
             totals.tiles += batch.k

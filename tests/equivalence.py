@@ -25,6 +25,7 @@ from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
+from slidescale.engine.evaluation import evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.memory import offload
 from slidescale.engine.models.aggregator import Aggregator
@@ -109,15 +110,16 @@ class MeanReducer(SingleStrategy):
 
 
 class Reading:
-    """Tiles that are there already."""
+    """Tiles that are there already, or cannot be read."""
 
-    def __init__(self, tiles: Tensor | None) -> None:
-        self._tiles = tiles
+    def __init__(self, tiles: Tensor, *, damaged: bool) -> None:
+        self.tiles = tiles
+        self._damaged = damaged
 
     def wait(self) -> Tensor:
-        if self._tiles is None:
-            raise SlideError("blank")
-        return self._tiles
+        if self._damaged:
+            raise SlideError("damaged")
+        return self.tiles
 
 
 class MemoryReader:
@@ -129,7 +131,7 @@ class MemoryReader:
     def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
         for request in requests:
             damaged = request.path.name in self._unreadable
-            yield Reading(None if damaged else all_tiles(request.path)[request.coords[:, 0] // 10])
+            yield Reading(all_tiles(request.path)[request.coords[:, 0] // 10], damaged=damaged)
 
 
 @cache
@@ -455,3 +457,29 @@ def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, floa
         except TrainingError as error:
             return str(error), worst_error(before, model)
     return "no error", worst_error(before, model)
+
+
+def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]:
+    """Of an untrained model, for each slide: its name, loss, tiles, and the sum of their weights."""
+    mesh, model = mesh_for(case), make_model(case)
+    cohort, reader = make_cohort(mesh), MemoryReader(case.unreadable, mesh.tiles)
+    objective = CrossEntropy((), 2).to(device())
+    rows = cohort.usable("train")
+    found = evaluate(model, rows, cohort, reader, objective, mesh, case.chunk, device())  # type: ignore[arg-type]
+    return [(each.row.slide_id, each.loss, len(each.weights), float(each.weights.sum())) for each in found.predictions]
+
+
+def fail_alone(group: TileGroup, case: Case, told: Path) -> None:
+    """The last rank's second pass fails; it must get out of the step with its error, and end."""
+
+    def backpropagate(*_: Any) -> None:
+        raise MemoryError("only this rank")
+
+    if group.rank < group.size - 1:
+        compare(group, case)
+        return
+    try:
+        compare(group, case, lambda: patched(step, "backpropagate", backpropagate))
+    except MemoryError as error:
+        told.write_text(str(error))
+        os._exit(3)

@@ -6,12 +6,14 @@ number of ranks; `make test-full` runs all of it.
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import equivalence
-from equivalence import BAG_SIZES, Case, compare, compare_all, losses_of, refused_step
+from equivalence import BAG_SIZES, Case, compare, compare_all, fail_alone, losses_of, predictions, refused_step
 from worlds import World
 
 GetWorld = Callable[..., World]
@@ -136,13 +138,37 @@ def test_several_slides_a_step(world: GetWorld, ranks: int, tile_ranks: int, acc
 
 @pytest.mark.parametrize(("ranks", "tile_ranks", "accumulate"), [(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 2, 1)])
 def test_unreadable_slides_count_as_zero(world: GetWorld, ranks: int, tile_ranks: int, accumulate: int) -> None:
-    """One rank finds out; every rank goes on with the other slides of the step."""
-    strategies = [("ddp", "float64"), ("fsdp", "float64"), ("zero3", "float32")]
+    """One rank finds out; every rank goes on with the step's other slides, and leaves out a step without any."""
+    base = Case(strategy="ddp", dtype="float64", tile_ranks=tile_ranks, accumulate=accumulate)
     cases = [
-        Case(strategy=name, dtype=dtype, tile_ranks=tile_ranks, accumulate=accumulate, policy="auto-1", unreadable="04")
-        for name, dtype in strategies
+        replace(base, policy="auto-1", unreadable="04", optimizer="adamw"),
+        replace(base, policy="offload", unreadable="13"),
+        replace(base, policy="offload", unreadable="013", optimizer="adamw", strategy="fsdp"),
+        replace(base, policy="auto-1", unreadable="13", strategy="zero3", dtype="float32"),
     ]
     check(world(ranks), cases)
+
+
+@pytest.mark.parametrize(("ranks", "tile_ranks"), [(2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("unreadable", ["", "2", "4"])
+def test_predictions_do_not_depend_on_ranks(world: GetWorld, ranks: int, tile_ranks: int, unreadable: str) -> None:
+    """Each tile group predicts slides of its own, and every rank hears of all."""
+    case = Case(strategy="ddp", dtype="float64", unreadable=unreadable)
+    expected = world(1).run(predictions, case)[0]
+    assert len(expected) == len(BAG_SIZES) - len(unreadable)
+    for found in world(ranks).run(predictions, replace(case, tile_ranks=tile_ranks)):
+        assert [each[0] for each in found] == [each[0] for each in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours[1:] == pytest.approx(theirs[1:], rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_rank_that_fails_alone_says_so(strategy: str, tmp_path: Path) -> None:
+    """It does not wait, at the end of the step, for ranks that have met no error; and these notice its end."""
+    two = World(2)
+    with pytest.raises(AssertionError, match="died with exit code 3"):
+        two.run(fail_alone, Case(strategy=strategy), tmp_path / "told")
+    assert (tmp_path / "told").read_text() == "only this rank"
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep", "offload", "auto-1"])

@@ -1,6 +1,7 @@
 """What a step is predicted to need is what it takes."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,20 @@ import torch
 from slidescale.engine import cli
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory import planner
+from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import Curve, Footprint, LiveBytes, measure
-from slidescale.engine.memory.planner import Job, Plan, choose, largest_k, model_state, step_flops
+from slidescale.engine.memory.planner import (
+    Job,
+    Plan,
+    choose,
+    largest_k,
+    model_state,
+    sizes_to_measure,
+    step_flops,
+    step_seconds,
+)
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
@@ -198,7 +210,8 @@ def sketch(flavour: str = "cuda") -> Footprint:
     return Footprint(
         flavour=flavour, tile_px=224, dim=512, parameters=10 * MIB, trained=10 * MIB, block=MIB, outside=MIB,
         largest=MIB, forward=line(2, 2), building=line(1, 11), graph=line(1, 10), backward=line(2, 12),
-        aggregator=Curve((1, 1000), (MIB, 20 * MIB)), foreign=0, flops=1e9, aggregator_flops=1e6, traffic=1e8,
+        storage=line(0, 1), aggregator=Curve((1, 1000), (MIB, 20 * MIB)), foreign=0, flops=1e9, backward_flops=2e9,
+        aggregator_flops=Curve((1, 1000), (10**6, 10**9)), traffic=1e8,
     )  # fmt: skip
 
 
@@ -246,13 +259,44 @@ def test_fixed_settings_are_honoured_and_misfits_told() -> None:
     )
     assert plan(100 * GIB, chunk=24).chunk == 24
     away = plan(4 * GIB, policy="offload")
-    assert not away.warning and away.need.host > 9 * GIB
+    assert not away.warning and away.need.away > 9 * GIB and away.need.graphs == 0
 
 
-def test_what_cannot_fit_says_by_how_much() -> None:
-    with pytest.raises(ConfigError, match=r"1000 tiles does not fit: .* more than the budget of 1.00 GiB.*--memory.checkpoint-blocks") as caught:  # fmt: skip  # noqa: E501
-        plan(GIB)
-    assert "zero3, fsdp" in str(caught.value)
+@pytest.mark.parametrize("flavour", ["cpu", "cuda"])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 16, 128])
+@pytest.mark.parametrize("policy", ["keep", "recompute", "offload"])
+def test_more_tiles_never_need_less(policy: str, chunk: int, ranks: int, flavour: str) -> None:
+    job = Job(footprint=sketch(flavour), ranks=ranks, update=GIB)
+    needs = []
+    for k in range(1, 600):
+        stored = 0 if policy == "recompute" else -(-job.local(k) // chunk)
+        needs.append(job.need(k, chunk, stored, offload=policy == "offload").total)
+    assert needs == sorted(needs) and needs[-1] > needs[0]
+
+
+def test_offloaded_graphs_leave_their_room() -> None:
+    job = Job(footprint=sketch())
+    kept, away = (job.need(1000, 16, 63, offload=offload) for offload in (False, True))
+    assert away.away == 62 * (1 + 16 * 10) * MIB + (1 + 8 * 10) * MIB and kept.away == 0
+    assert kept.total - away.total > 0.9 * away.away
+    on_disk = Job(footprint=sketch("cpu")).need(1000, 16, 63, offload=True)
+    assert on_disk.away == away.away and on_disk.host == 0 < away.host
+
+
+@pytest.mark.parametrize(
+    ("k", "update", "part"),
+    [(5, 0, "activations"), (1000, 0, "features and aggregator"), (1000, 5 * GIB, "gradient reduction and update")],
+)
+def test_what_cannot_fit_says_by_how_much(k: int, update: int, part: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"of {k} tiles does not fit: .* more than the budget of 1.00 GiB$"
+    ) as caught:
+        choose(Job(footprint=sketch(), update=update), k=k, budget=GIB, base=GIB)
+    step, parts = re.search(r"the step needs (\S+ [GM]iB) .* at a time \((.*)\),", str(caught.value)).groups()  # type: ignore[union-attr]
+    assert part in parts
+    total = sum(parse_size(each.split(" of ")[0], "part") for each in parts.split(", "))
+    assert total == pytest.approx(parse_size(step, "step"), rel=0.01)
 
 
 def test_largest_k_is_the_largest() -> None:
@@ -268,9 +312,38 @@ def test_largest_k_is_the_largest() -> None:
 def test_recomputing_costs_a_forward() -> None:
     job = Job(footprint=sketch())
     keep, again = (plan(100 * GIB, policy=policy) for policy in ("keep", "recompute"))
-    assert step_flops(job, again, checkpoint_blocks=False) == pytest.approx(
-        4 / 3 * step_flops(job, keep, checkpoint_blocks=False), rel=1e-3
+    assert step_flops(job, again) == pytest.approx(4 / 3 * step_flops(job, keep), rel=1e-3)
+
+
+def test_offload_waits_for_its_transfers() -> None:
+    job, device = Job(footprint=sketch()), find_device("A100-40GB")
+    keep, away = (plan(100 * GIB, policy=policy) for policy in ("keep", "offload"))
+    moved = 2 * away.need.away / (0.7 * 32e9)
+    assert step_seconds(job, away, device, bf16=True) == moved > step_seconds(job, keep, device, bf16=True)
+
+
+def test_frozen_weights_cost_half_a_backward() -> None:
+    """Of a matrix product, the backward computes the inputs' gradient, and the weights' where they train."""
+
+    def frozen() -> SlideModel:
+        model = make("test_vit", 160, bf16=False)
+        for parameter in model.encoder.parameters():
+            parameter.requires_grad = parameter.dim() == 1
+        return model
+
+    whole, part = (
+        measure(made, tile_px=160, chunks=(1, 2), bags=(1, 2))
+        for made in (lambda: make("test_vit", 160, bf16=False), frozen)
     )
+    assert whole.flops == part.flops > 1e6
+    assert 1.8 < whole.backward_flops / whole.flops < 2.3
+    assert 0.8 < part.backward_flops / part.flops < 1.4
+
+
+def test_sizes_to_measure_are_two_or_more() -> None:
+    assert sizes_to_measure(1, "auto", "cuda") == ([1, 2], [1, 1024])
+    assert sizes_to_measure(5000, "auto", "cuda") == ([1, 32, 128], [1, 1024, 5000])
+    assert sizes_to_measure(5000, 24, "cpu") == ([1, 6, 24], [1, 1024, 5000])
 
 
 def test_model_state_of_each_strategy() -> None:
@@ -282,6 +355,9 @@ def test_model_state_of_each_strategy() -> None:
     assert offloaded.base == 2 * p and offloaded.host == 5 * p // 4
     assert model_state(sketch("cpu"), strategy="zero2", ranks=4, offload_optimizer=True).host == 0
     sharded = model_state(sketch(), strategy="fsdp", ranks=4)
+    assert model_state(sketch(), strategy="single", ranks=1, optimizer="sgd").base == 3 * p, "momentum has p"
+    cut = model_state(sketch(), strategy="zero3", ranks=4, reduce_bucket=MIB, max_live=2 * MIB)
+    assert (cut.buffers, cut.parameters) == (4 * MIB, 8 * MIB + p // 4)
     assert sharded.base == p // 4 + 3 * 4 * MIB + p + p // 4 + p // 2, "shard, blocks, gradients, their shard, moments"
 
 
@@ -325,9 +401,23 @@ def test_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
         (["--k", "10", "--memory", "8GiB", "--optimizer-offload"], "--optimizer-offload: single has none"),
         (["--k", "10", "--memory", "8GiB", "--encoder", "resnet1o"], "timm has no model"),
         (["--k", "9000", "--memory", "1.2GiB", "--encoder", "test_vit", "--tile-px", "160"], "does not fit"),
+        (["--k", "9000", "--memory", "1.2GiB", "--encoder", "test_vit", "--tile-px", "160"], "a larger --memory"),
+        (["--k", "10", "--memory", "1GiB", "--device", "cpu", "--policy", "recompute"], "--memory is 1.00 GiB, of"),
+        (["--k", "10", "--memory", "8GiB", "--transformer-layers", "-1"], "--transformer-layers is -1"),
     ],
 )
 def test_command_tells_errors_in_a_line(words: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["plan", *words])
     assert str(caught.value).startswith("error: ") and message in str(caught.value)
+
+
+def test_command_on_a_cpu_offloads_to_files(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--encoder", "test_vit", "--tile-px", "160", "--k", "1", "--memory", "4GiB", "--policy", "offload"]
+    cli.main(["plan", *words, "--device", "cpu", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file_bytes"] == answer["step_bytes"]["away"] > 0 and answer["host_bytes"] == 0
+    cli.main(["plan", *words, "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert "beside it, in files" in table and "on the host" not in table
+    assert 1000 < answer["largest_k"]["recompute"] < 4 * GIB / (160 * 160 * 3), "pixels alone would fill it"

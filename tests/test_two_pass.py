@@ -12,10 +12,10 @@ from slidescale.engine.models.slide_model import SlideModel
 
 
 class NoisyEncoder(Encoder):
-    """With dropout on every feature, and a record of what it gave."""
+    """With stochastic depth, dropout on every feature, and a record of what it gave."""
 
     def __init__(self) -> None:
-        super().__init__("test_vit", tile_px=32)
+        super().__init__("test_vit", tile_px=32, drop_path=0.3)
         self.given: list[torch.Tensor] = []
         self.batches: list[int] = []
 

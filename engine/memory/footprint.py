@@ -20,16 +20,26 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
+# Attention on a CPU, which PyTorch's counter leaves out.
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes as a function of a number of tiles, through measured points; straight between and beyond them.
+    """Bytes, or FLOPs, as a function of a number of tiles, through measured points; straight between and beyond them.
 
     A peak is the largest of several moments, each affine in the number of tiles, and so convex: between measured
     points the line lies above it.
@@ -39,7 +49,7 @@ class Curve:
     sizes: tuple[int, ...]
 
     def __call__(self, n: int) -> int:
-        """Bytes for n tiles."""
+        """For n tiles."""
         if n <= 0:
             return 0
         if len(self.tiles) == 1:
@@ -66,11 +76,13 @@ class Footprint:
         building: peak while it is encoded with one.
         graph: what its graph keeps, less the features.
         backward: peak over encoding it with a graph and going back.
+        storage: the largest that encoding it with a graph makes.
         aggregator: peak over aggregating n tiles' features and going back, with the features' gradient and without
             the features.
         foreign: bytes that the aggregator needs for each tile of the bag that another rank has.
         flops: of a tile's forward in the encoder.
-        aggregator_flops: of a tile's forward in the aggregator.
+        backward_flops: of a tile's backward in the encoder, with what activation checkpointing computes again.
+        aggregator_flops: of aggregating n tiles' features, without going back.
         traffic: bytes that operators write for a tile, forward and backward.
     """
 
@@ -86,10 +98,12 @@ class Footprint:
     building: Curve
     graph: Curve
     backward: Curve
+    storage: Curve
     aggregator: Curve
     foreign: int
     flops: float
-    aggregator_flops: float
+    backward_flops: float
+    aggregator_flops: Curve
     traffic: float
 
 
@@ -100,12 +114,13 @@ class LiveBytes(TorchDispatchMode):
         now: bytes alive.
         peak: most that was alive at once since `reset`.
         written: bytes of all storages made, freed or not.
+        largest: bytes of the largest.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         """`known` tensors' storages do not count."""
         super().__init__()
-        self.now = self.peak = self.written = 0
+        self.now = self.peak = self.written = self.largest = 0
         # A storage's address identifies it while it lives, and is forgotten when it dies.
         self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
@@ -127,6 +142,7 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.written += size
         self.peak = max(self.peak, self.now)
+        self.largest = max(self.largest, size)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -155,11 +171,11 @@ def measure(
     with _fake(make, device) as model:
         forwards = [_measure_forward(model, n, tile_px, device) for n in chunks]
         graphs = [_measure_graph(model, n, tile_px, device, backward=runs_backward) for n in chunks]
-        flops = _count_flops(model, tile_px, device)
         blocks = getattr(model.encoder.backbone, "blocks", None) or [model.encoder.backbone]
         inside = [_count(each.parameters()) for each in blocks]
-    # The aggregator by the CPU's operators in any case: they differ little there.
+    # FLOPs, and the aggregator, by the CPU's operators in any case: they differ little there.
     with _fake(make, "cpu") as model:
+        flops, backward_flops = _count_flops(model, tile_px)
         if not runs_backward:
             ends = (chunks[0], chunks[-1])
             stand_ins = [_measure_graph(model, n, tile_px, "cpu", backward=True) for n in ends]
@@ -190,10 +206,12 @@ def measure(
         building=curve([each.building for each in graphs]),
         graph=curve([each.kept for each in graphs]),
         backward=curve([each.backward for each in graphs]),
+        storage=curve([each.storage for each in graphs]),
         aggregator=aggregator,
         foreign=foreign,
         flops=flops,
-        aggregator_flops=aggregations[-1][1] / bags[-1],
+        backward_flops=backward_flops,
+        aggregator_flops=Curve(tuple(bags), tuple(count for _, count in aggregations)),
         traffic=graphs[-1].written / chunks[-1],
     )
 
@@ -206,11 +224,17 @@ def _measure_forward(model: SlideModel, n: int, tile_px: int, device: str) -> in
     return live.peak
 
 
-def _count_flops(model: SlideModel, tile_px: int, device: str) -> float:
-    """Of encoding one tile."""
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        _encode(model, _tiles(1, tile_px, device))
-    return flops.get_total_flops()
+def _count_flops(model: SlideModel, tile_px: int) -> tuple[int, int]:
+    """Of encoding one tile, and of going back."""
+    with _counting_flops() as flops, torch.no_grad():
+        _encode(model, _tiles(1, tile_px, "cpu"))
+    with _counting_flops() as both:
+        _back(_encode(model, _tiles(1, tile_px, "cpu")), torch.empty((1, model.encoder.dim)))
+    return flops.get_total_flops(), both.get_total_flops() - flops.get_total_flops()
+
+
+def _counting_flops() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -220,6 +244,7 @@ class _Graph:
     kept: int
     building: int
     backward: int
+    storage: int
     written: int
 
 
@@ -229,11 +254,10 @@ def _measure_graph(model: SlideModel, n: int, tile_px: int, device: str, *, back
     gradient = torch.empty((n, model.encoder.dim), device=tiles.device)
     with LiveBytes(_known(model, tiles, gradient)) as live:
         features = _encode(model, tiles)
-        kept, building = live.now - features.untyped_storage().nbytes(), live.peak
+        kept, building, storage = live.now - features.untyped_storage().nbytes(), live.peak, live.largest
         if backward:
-            with drawing_for(Draw(seed=0, first=0, count=n)):
-                (features * gradient).sum().backward()
-    return _Graph(kept, building, live.peak, live.written)
+            _back(features, gradient)
+    return _Graph(kept, building, live.peak, storage, live.written)
 
 
 def _tiles(n: int, tile_px: int, device: str) -> Tensor:
@@ -249,11 +273,16 @@ def _encode(model: SlideModel, tiles: Tensor) -> Tensor:
         return model.encode(tiles)
 
 
-def _aggregation(model: SlideModel, n: int) -> tuple[int, float]:
+def _back(features: Tensor, gradient: Tensor) -> None:
+    with drawing_for(Draw(seed=0, first=0, count=len(features))):  # which activation checkpointing draws again
+        (features * gradient).sum().backward()
+
+
+def _aggregation(model: SlideModel, n: int) -> tuple[int, int]:
     """Peak of aggregating n tiles and going back, and FLOPs of the forward."""
     features = torch.empty((n, model.encoder.dim), requires_grad=True)
     with LiveBytes(_known(model, features)) as live:
-        with drawing_for(Draw(seed=0, first=0, count=n)), FlopCounterMode(display=False) as flops:
+        with drawing_for(Draw(seed=0, first=0, count=n)), _counting_flops() as flops:
             logits, _ = model.aggregate(features, torch.empty((n, 2)), TileGroup())
         logits.sum().backward()
     return live.peak, flops.get_total_flops()
@@ -266,9 +295,10 @@ def _foreign_bytes(model: SlideModel, aggregator: Curve, n: int) -> int:
         return 0
     if transformer.spread == "gathered":
         return aggregator(n + 1) - aggregator(n)
-    # Of each layer its keys and values are saved, and in one layer at a time these have a gradient.
-    width = 2 * transformer.norm.normalized_shape[0] * torch.finfo(torch.float32).bits // 8
-    return (len(transformer.layers) + 1) * width
+    # Of each layer its keys and values are saved, in fp32 at most. In one layer at a time these have a gradient, of
+    # which the gather's backward makes a padded copy.
+    width = 2 * transformer.norm.normalized_shape[0] * 4
+    return (len(transformer.layers) + 2) * width
 
 
 @contextmanager

@@ -83,9 +83,10 @@ class Offload(ABC, Generic[Ticket]):
     One per rank, for the whole run; not for graphs that are back-propagated twice. A step is: forward of the stored
     chunks, each inside `saving()`; their backward, outside of it; `clear()`, also after an exception.
 
-    Parameters and their views never leave, nor what is too small to be worth it (SMALLEST). Tensors return with the
-    same bytes, dtype, size and stride, and see through their storage whatever shared it. A part of the model under
-    activation checkpointing saves no more than its inputs, and those leave.
+    Parameters and their views never leave, nor what is too small to be worth it (SMALLEST). The copies of weights that
+    autocast makes in its own dtype are no parameters: each chunk's leave with it. Tensors return with the same bytes,
+    dtype, size and stride, and see through their storage whatever shared it. A part of the model under activation
+    checkpointing saves no more than its inputs, and those leave.
 
     Attributes:
         bytes_out: that left the device, since the start.
@@ -361,6 +362,7 @@ class HostOffload(Offload["tuple[Tensor, torch.cuda.Event]"]):
         self._out.synchronize()
         self._back.synchronize()
         self._slabs.clear()
+        torch.accelerator.empty_host_cache()  # PyTorch keeps page-locked memory that was freed for itself
 
     def _pack(self, tensor: Tensor) -> Tensor | _Note | _Stayed:
         if not tensor.is_cuda and not isinstance(tensor, nn.Parameter):
@@ -412,8 +414,11 @@ class HostOffload(Offload["tuple[Tensor, torch.cuda.Event]"]):
         torch.cuda.current_stream(self._device).wait_event(ticket[1])  # and only then is its memory free
 
     def _reset(self) -> None:
-        while self._leaving:
-            self._let_go()
+        # An exception may have lost tickets and what was leaving. Nothing uses their memory before its copies are done.
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_stream(self._back)
+        compute.wait_stream(self._out)
+        self._leaving.clear()
         self._out.wait_stream(self._back)  # the next step's bytes go where this step's may still be read
         self._copied.clear()
         self._torn.clear()

@@ -9,21 +9,23 @@ aggregator, the stored graphs' backward, the other chunks again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.devices import Device
 from slidescale.engine.memory.footprint import Footprint
+from slidescale.engine.memory.offload import DISK_AHEAD, HOST_AHEAD, STAGE
 from slidescale.engine.memory.usage import format_size
+from slidescale.engine.parallel.ddp import BUCKET_BYTES
 
 PolicyName = Literal["auto", "keep", "recompute", "offload"]
-StrategyName = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
+ShardingName = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 OptimizerName = Literal["adamw", "sgd", "apex_adam", "apex_lamb"]
 
 FP32 = 4
-# fp32 values of optimizer state for each that trains: two moments (Adam, LAMB), none (SGD without momentum).
-MOMENTS = {"adamw": 2, "apex_adam": 2, "apex_lamb": 2, "sgd": 0}
+# fp32 values of optimizer state for each that trains: two moments (Adam, LAMB), one (SGD with momentum).
+MOMENTS = {"adamw": 2, "apex_adam": 2, "apex_lamb": 2, "sgd": 1}
 
 # Tiles a chunk beyond which a larger one is hardly faster.
 CHUNK_CAP = {"cpu": 16, "cuda": 128}
@@ -38,13 +40,20 @@ SCRATCH_BYTES = {"cpu": 64 * 1024**2, "cuda": 0}
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 # Bytes of the two flat copies through which ddp's gradients travel.
-DDP_BUCKETS = 2 * 25 * 1024**2
-# Bytes that policy offload holds on the device on their way out, and as many on their way back.
-OFFLOAD_BUFFERS = 2 * 256 * 1024**2
+DDP_BUCKETS = 2 * BUCKET_BYTES
+# Bytes that policy offload holds where it computes: on a GPU on their way out, and as many on their way back; on a CPU
+# on their way to disk, and read ahead of their use, beside which one storage may be on its way.
+OFFLOAD_BUFFERS = {"cuda": 2 * HOST_AHEAD, "cpu": 2 * STAGE + DISK_AHEAD}
 
 # Share of the data sheet's arithmetic, and of its memory bandwidth, that a step is assumed to reach.
 UTILISATION = 0.4
 BANDWIDTH_UTILISATION = 0.7
+
+# What a training run can be told when not even one tile fits.
+HELPS = (
+    "What helps: --memory.checkpoint-blocks, a smaller --data.tile-px or --data.k, more ranks, "
+    "a strategy that shards or offloads the model (zero3, fsdp), a larger --memory.budget"
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,14 @@ class ModelState:
 def model_state(
     footprint: Footprint,
     *,
-    strategy: StrategyName,
+    strategy: ShardingName,
     ranks: int,
     optimizer: OptimizerName = "adamw",
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
     fsdp_hold: bool = False,
+    reduce_bucket: int = REDUCE_BUCKET,
+    max_live: int = MAX_LIVE,
 ) -> ModelState:
     """What a rank holds of the model with fp32 weights.
 
@@ -92,6 +103,8 @@ def model_state(
 
     Args:
         ranks: that the model is spread over.
+        reduce_bucket: ds.json's `reduce_bucket_size`, in parameters.
+        max_live: ds.json's `stage3_max_live_parameters`.
     """
     cuda = footprint.flavour == "cuda"
     weights, trained = FP32 * footprint.parameters, FP32 * footprint.trained
@@ -99,7 +112,7 @@ def model_state(
     moments = MOMENTS[optimizer]
     # PyTorch updates all tensors at once on a GPU, through temporaries of their size, and one by one on a CPU.
     temporary = 2 * trained if cuda else 2 * FP32 * footprint.largest
-    bucket = FP32 * REDUCE_BUCKET if cuda else min(trained, FP32 * REDUCE_BUCKET)  # a CPU's is touched as it fills
+    bucket = FP32 * reduce_bucket if cuda else min(trained, FP32 * reduce_bucket)  # a CPU's is touched as it fills
     match strategy:
         case "single":
             return ModelState(weights, trained, moments * trained, 0, temporary)
@@ -115,7 +128,7 @@ def model_state(
                 return _offloaded(ModelState(weights, trained, 0, 0, bucket), host=state + 2 * shard, cuda=cuda)
             return ModelState(weights, trained, state, 0, update)
         case "zero3":
-            own, gathered = -(-weights // ranks), min(weights, FP32 * MAX_LIVE)
+            own, gathered = -(-weights // ranks), min(weights, FP32 * max_live)
             host = (own if offload_parameters else 0) + ((2 + moments) * shard if offload_optimizer else 0)
             held = ModelState(
                 gathered + (0 if offload_parameters else own),
@@ -129,7 +142,7 @@ def model_state(
             own = -(-weights // ranks)
             # the block that computes, the next one on its way, and what lies outside of blocks
             block = FP32 * footprint.block
-            gathered = weights if fsdp_hold else min(weights, 2 * block + max(0, FP32 * footprint.outside))
+            gathered = weights if fsdp_hold else min(weights, 2 * block + FP32 * footprint.outside)
             if offload_parameters:
                 held = ModelState(gathered, trained, 0, 0, block)
                 return _offloaded(held, host=own + (1 + moments) * shard, cuda=cuda)
@@ -138,9 +151,7 @@ def model_state(
 
 def _offloaded(state: ModelState, *, host: int, cuda: bool) -> ModelState:
     """On a machine without accelerator, the host's memory is the same memory."""
-    if cuda:
-        return ModelState(state.parameters, state.gradients, state.optimizer, state.buffers, state.update, host)
-    return ModelState(state.parameters, state.gradients, state.optimizer + host, state.buffers, state.update)
+    return replace(state, host=host) if cuda else replace(state, optimizer=state.optimizer + host)
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,8 @@ class Need:
         graphs: stored, at the time of the peak.
         chunk: activations of the chunk that is computed, with what kernels use inside themselves.
         update: reduction and update, if these are the peak.
-        host: in the host's memory: pixels beside a GPU, and graphs that are offloaded.
+        host: pixels in the host's memory, beside a GPU.
+        away: graphs that are offloaded, in the host's memory beside a GPU, or on disk.
     """
 
     pixels: int
@@ -162,10 +174,11 @@ class Need:
     chunk: int
     update: int
     host: int
+    away: int
 
     @property
     def total(self) -> int:
-        """All but the host's."""
+        """All where the rank computes."""
         return self.pixels + self.features + self.graphs + self.chunk + self.update
 
 
@@ -207,35 +220,36 @@ class Job:
         pixels = bag if cuda else on_host
 
         own_rows = min(local, stored * chunk) * row  # stored chunks hold their features beside the bag's
-        graphs = 0
-        if stored and not offload:
-            graphs = (stored - 1) * footprint.graph(full) + footprint.graph(last)
-        buffers = OFFLOAD_BUFFERS if offload else 0
-        before = max(0, graphs - footprint.graph(last)) if graphs else 0
+        before = max(0, stored - 1) * footprint.graph(full)  # graphs, when the last is about to be stored
+        kept = before + footprint.graph(last) if stored else 0
+        graphs, away = (0, kept) if offload else (kept, 0)
         phases: list[tuple[int, int, int, int]] = []  # features, graphs, chunk, update
         if stored < count:
             phases.append((local * row, 0, footprint.forward(full) + scratch, 0))
             phases.append((2 * local * row, 0, footprint.backward(full) + scratch, 0))
-        if stored:
+        if stored and offload:
+            # What is saved leaves as the forward goes, which then holds no more than one without a graph, and comes
+            # back as the backward goes.
+            buffers = OFFLOAD_BUFFERS[footprint.flavour] + (0 if cuda else footprint.storage(full))
+            beyond = max(footprint.backward(n) - footprint.graph(n) for n in {full, last})
+            phases.append((local * row, 0, footprint.forward(full) + scratch + buffers, 0))
+            phases.append((2 * local * row + own_rows, 0, max(beyond, footprint.forward(full)) + scratch + buffers, 0))
+        elif stored:
             # The last chunk may be smaller than the one before it, whose peak is then the higher.
             building = max(
                 footprint.building(last), footprint.building(full) - footprint.graph(full) if stored > 1 else 0
             )
-            phases.append((local * row, before, building + scratch + buffers, 0))
-            back = max(
-                before + footprint.backward(last),
-                (before + footprint.backward(full) - footprint.graph(full)) if stored > 1 else 0,
-            )
-            phases.append((2 * local * row + own_rows, before, back - before + scratch + buffers, 0))
+            phases.append((local * row, before, building + scratch, 0))
+            back = max(footprint.backward(last), footprint.backward(full) - footprint.graph(full) if stored > 1 else 0)
+            phases.append((2 * local * row + own_rows, before, back + scratch, 0))
         phases.append(
             (local * row + own_rows + footprint.aggregator(local) + footprint.foreign * (k - local), graphs, 0, 0)
         )
         phases.append((2 * local * row + own_rows, graphs, 0, 0))  # chunks' features, and the bag's that join them
         phases.append((0, 0, 0, self.update))
         phases.append((0 if cuda else bag, 0, 0, 0))  # between steps: the last bag goes when the next has come
-        features, kept, computed, update = max(phases, key=sum)
-        away = (count - 1) * footprint.graph(full) + footprint.graph(last) if offload else 0
-        return Need(pixels, features, kept, computed, update, (on_host if cuda else 0) + away)
+        features, graphs, computed, update = max(phases, key=sum)
+        return Need(pixels, features, graphs, computed, update, on_host if cuda else 0, away)
 
 
 @dataclass(frozen=True)
@@ -281,6 +295,17 @@ class Plan:
         return _most_stored(self.job, k, self.chunk, self.budget - self.base)
 
 
+def sizes_to_measure(local: int, chunk: int | Literal["auto"], flavour: str) -> tuple[list[int], list[int]]:
+    """Numbers of tiles at which to measure the encoder and the aggregator (`footprint.measure`), at least two of each.
+
+    Args:
+        local: tiles of the fullest rank.
+        chunk: as `choose` is given it.
+    """
+    cap = max(2, min(CHUNK_CAP[flavour] if chunk == "auto" else chunk, _covering(local)))
+    return sorted({1, max(1, cap // 4), cap}), sorted({1, local, 1024})
+
+
 def choose(
     job: Job,
     *,
@@ -303,13 +328,13 @@ def choose(
         base: bytes it holds with parameters, gradients and optimizer state in place; of several ranks, the most.
 
     Raises:
-        ConfigError: not even one tile fits; says by how much, and what helps.
+        ConfigError: not even one tile fits; says by how much. What helps (such as HELPS) is the caller's to add.
     """
     room = budget - base
     least = job.need(k, 1, 0)
     if policy == "auto" and least.total > room:
         raise ConfigError(_does_not_fit(job, k, budget, base, least))
-    cap = min(CHUNK_CAP[job.footprint.flavour], 1 << (job.local(k) - 1).bit_length())
+    cap = min(CHUNK_CAP[job.footprint.flavour], _covering(job.local(k)))
     sizes = [chunk] if chunk != "auto" else list(_powers_down(cap))
     may_store, stored = True, 0
     if policy == "auto":
@@ -326,7 +351,7 @@ def choose(
         def total(size: int) -> int:
             return job.need(k, size, _fixed(policy, job, k, size), offload=policy == "offload").total
 
-        best = next((size for size in sizes if total(size) <= room), min(sizes, key=total))
+        best = next((size for size in sizes if total(size) <= room), None) or min(sizes, key=total)
         stored = _fixed(policy, job, k, best)
     need = job.need(k, best, stored, offload=policy == "offload")
     warning = ""
@@ -360,24 +385,25 @@ def largest_k(job: Job, *, room: int, policy: PolicyName, chunk: int) -> int:
     return low * job.ranks
 
 
-def step_flops(job: Job, plan: Plan, *, checkpoint_blocks: bool) -> float:
-    """FLOPs a rank computes in a step: forward, twice that backward, and what is encoded again."""
-    local = job.local(plan.k)
+def step_flops(job: Job, plan: Plan) -> float:
+    """FLOPs a rank computes in a step: forward, backward, and what is encoded again."""
+    footprint, local = job.footprint, job.local(plan.k)
     again = 1 - min(1.0, plan.stored * plan.chunk / local)
-    forwards = 3 + again + (1 if checkpoint_blocks else 0)
-    return local * (forwards * job.footprint.flops + 3 * job.footprint.aggregator_flops)
+    # The whole aggregator trains: its backward is twice its forward.
+    return local * ((1 + again) * footprint.flops + footprint.backward_flops) + 3 * footprint.aggregator_flops(local)
 
 
-def step_seconds(job: Job, plan: Plan, device: Device, *, bf16: bool, checkpoint_blocks: bool) -> float:
-    """Least time of a step's computation on a device: its arithmetic, or its memory traffic if that takes longer.
+def step_seconds(job: Job, plan: Plan, device: Device, *, bf16: bool) -> float:
+    """Least time of a step on a device: of its arithmetic, its memory's traffic and its transfers, what takes longest.
 
-    At UTILISATION of the device's arithmetic and BANDWIDTH_UTILISATION of its bandwidth, each operator's result being
-    written once and read once. Reading slides and communication are not in it.
+    At UTILISATION of the device's arithmetic and BANDWIDTH_UTILISATION of its bandwidths. In memory each operator's
+    result is written once and read once; what is offloaded goes to the host and comes back, one after the other.
+    Reading slides and communication between ranks are not in it.
     """
-    flops = step_flops(job, plan, checkpoint_blocks=checkpoint_blocks)
-    arithmetic = flops / (UTILISATION * (device.bf16 if bf16 else device.fp32))
+    arithmetic = step_flops(job, plan) / (UTILISATION * (device.bf16 if bf16 else device.fp32))
     traffic = 2 * job.local(plan.k) * job.footprint.traffic / (BANDWIDTH_UTILISATION * device.bandwidth)
-    return max(arithmetic, traffic)
+    moved = 2 * plan.need.away / (BANDWIDTH_UTILISATION * device.host)
+    return max(arithmetic, traffic, moved)
 
 
 def _most_stored(job: Job, k: int, chunk: int, room: int) -> int:
@@ -394,6 +420,11 @@ def _fixed(policy: PolicyName, job: Job, k: int, chunk: int) -> int:
     return -(-job.local(k) // chunk) if policy in ("keep", "offload") else 0
 
 
+def _covering(local: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (local - 1).bit_length()
+
+
 def _powers_down(cap: int) -> Iterator[int]:
     while cap:
         yield cap
@@ -401,11 +432,15 @@ def _powers_down(cap: int) -> Iterator[int]:
 
 
 def _does_not_fit(job: Job, k: int, budget: int, base: int, least: Need) -> str:
+    parts = [
+        (least.pixels, "pixels"),
+        (least.features, "features and aggregator"),
+        (least.chunk, "activations"),
+        (least.update, "gradient reduction and update"),
+    ]
+    told = ", ".join(f"{format_size(size)} of {name}" for size, name in parts if size)
     return (
         f"a bag of {k} tiles does not fit: a rank holds {format_size(base)} before the step, and the step needs "
-        f"{format_size(least.total)} with one tile encoded at a time ({format_size(least.pixels)} of pixels, "
-        f"{format_size(least.features)} of features, {format_size(least.chunk)} of activations), "
-        f"{format_size(base + least.total - budget)} more than the budget of {format_size(budget)}. What helps: "
-        "--memory.checkpoint-blocks, a smaller --data.tile-px or --data.k, more ranks, "
-        "a strategy that shards or offloads the model (zero3, fsdp), a larger --memory.budget"
+        f"{format_size(least.total)} with one tile encoded at a time ({told}), "
+        f"{format_size(base + least.total - budget)} more than the budget of {format_size(budget)}"
     )

@@ -30,7 +30,7 @@ class Chunks:
     Attributes:
         tiles: uint8 `[K_local, H, W, 3]` on the encoder's device.
         size: tiles a chunk, at most.
-        count: chunks to encode, the same on every rank of the tile group; those past this rank's tiles are empty.
+        count: chunks to encode, the same on every rank of the world; those past this rank's tiles are empty.
         seed: of the bag's randomness, the same on every rank.
         offset: index in the bag of this rank's first tile.
     """

@@ -12,7 +12,13 @@ from slidescale.engine.errors import ConfigError
 GIB = 1024**3
 UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": GIB, "TiB": 1024**4}
 
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+# What a container, or a cluster's scheduler, may take and has taken: control groups of version 2 and 1.
+CONTAINER_LIMITS = [
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 RETURNED = 1024**2
 
 
@@ -45,7 +51,7 @@ def available_bytes(device: torch.device) -> int:
     """What this process could still take.
 
     On a GPU, what is free there and in the allocator's own stock; on a CPU, what is free or reclaimable on the
-    machine, for all its processes together.
+    machine or in its container, for all its processes together.
 
     Raises:
         ConfigError: the system does not tell.
@@ -53,10 +59,17 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo does not tell what is available: give --memory.budget")
+    limits = [
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
+    for most, used in CONTAINER_LIMITS:
+        if most.exists() and (text := most.read_text(encoding="ascii").strip()) != "max":
+            limits.append(int(text) - int(used.read_text(encoding="ascii")))
+    if not limits:
+        raise ConfigError("/proc/meminfo does not tell what is available: give --memory.budget")
+    return max(0, min(limits))
 
 
 def held_bytes(device: torch.device) -> int:
@@ -80,5 +93,21 @@ def return_freed_memory() -> bool:
     Returns:
         Whether it took effect: not without glibc.
     """
+    return _mallopt(M_MMAP_THRESHOLD, RETURNED)
+
+
+def keep_freed_memory() -> bool:
+    """The opposite: let glibc keep all that it ever had, for runs whose memory has no limit.
+
+    Left alone, it gives the top of its memory back each time that a step's activations are freed, and the system clears
+    the pages anew for the next step: 9% of the time of ResNet-18's steps under policy keep, and 5% under recompute.
+
+    Returns:
+        Whether it took effect: not without glibc.
+    """
+    return _mallopt(M_TRIM_THRESHOLD, -1) and _mallopt(M_MMAP_MAX, 0)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
     library = ctypes.CDLL(None)
-    return hasattr(library, "mallopt") and library.mallopt(M_MMAP_THRESHOLD, RETURNED) == 1
+    return hasattr(library, "mallopt") and library.mallopt(parameter, value) == 1

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from slidescale.engine.errors import ConfigError, MachineError, UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
@@ -33,11 +33,11 @@ def check_launcher() -> None:
     """Refuse to train alone, several times over, when a launcher has started several processes and told none its rank.
 
     Raises:
-        MachineError: srun or mpirun did.
+        UserError: srun or mpirun did.
     """
     started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if "RANK" not in os.environ and started > 1:
-        raise MachineError(
+        raise UserError(
             f"{started} processes were started by srun or mpirun, and none is told its rank: let it start one torchrun "
             "a machine (docs/slurm.sh)"
         )
@@ -91,15 +91,11 @@ def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
     """Arrange the ranks of a started world; ranks that share a slide have neighbouring numbers, and so a machine.
 
     Args:
-        tile_ranks: T, or "all".
-
-    Raises:
-        ConfigError: T does not divide the number of ranks.
+        tile_ranks: T, or "all"; it divides the number of ranks.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     in_row = ranks if tile_ranks == "all" else int(tile_ranks)
-    if ranks % in_row:
-        raise ConfigError(f"--parallel.tile-ranks is {in_row}: it must divide the number of ranks, {ranks}")
+    assert ranks % in_row == 0, f"{in_row} ranks a slide of {ranks} ranks"
     device_mesh = init_device_mesh(device.type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
     row = None if in_row == ranks else device_mesh.get_group("tiles")
     return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh)
@@ -140,7 +136,7 @@ def _check_own_address() -> None:
     except socket.gaierror:
         addresses = set()
     if all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        raise MachineError(
+        raise UserError(
             f"this machine's name, {name}, stands for {', '.join(sorted(addresses)) or 'no address'}, where the other "
             "machines cannot reach it: correct /etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface on every "
             "machine (docs/several_machines.md)"

@@ -31,6 +31,9 @@ def select_strategy(config: Config, *, ranks: int) -> StrategyName:
         raise ConfigError(f"--deepspeed_config is for strategy zero, and --parallel.strategy is {wanted}: choose one")
     if wanted == "single" and ranks > 1:
         raise ConfigError(f"--parallel.strategy single is one process, and {ranks} were started: use ddp, fsdp or zero")
+    in_row = config.parallel.tile_ranks
+    if in_row != "all" and ranks % in_row:
+        raise ConfigError(f"--parallel.tile-ranks is {in_row}: it must divide the number of ranks, {ranks}")
     if wanted != "fsdp":
         set_for_fsdp = [
             f"--parallel.{name.replace('_', '-')}"

@@ -5,7 +5,7 @@ the *plain* loss, each holds T times its own tiles' share of the gradient, and t
 takes the *mean* over ranks: Σ_r T·g_r / T = Σ_r g_r, the gradient over all tiles. Pass 2 injects ∂L/∂h unscaled.
 
 With S tile groups, each on slides of its own, the mean over S × T ranks is that over slides: a step on n slides, whose
-tile groups took A = n / S each, one after another, has each loss times S / n (see `Trainer`).
+tile groups took A = n / S each, one after another, has each loss times S / n (see `Feed`).
 """
 
 from dataclasses import dataclass

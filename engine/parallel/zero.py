@@ -78,7 +78,13 @@ class ZeroStrategy(Strategy):
         """Keep a step's gradients local and reduce them once, at the end."""
         if self._stage > 0:
             with self._engine.coalesce_grad_reduction():
-                yield
+                try:
+                    yield
+                except BaseException:
+                    # On leaving, DeepSpeed would reduce, and wait for ranks that may have met no error.
+                    self._engine._flush_coalesced_reduction_zero12 = _reduce_nothing
+                    self._engine._flush_coalesced_reduction_zero3 = _reduce_nothing
+                    raise
             return
         # Stage 0 has no coalescing; withholding the accumulation boundary withholds its reduction.
         self._engine.set_gradient_accumulation_boundary(False)
@@ -118,6 +124,10 @@ class ZeroStrategy(Strategy):
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
+
+
+def _reduce_nothing(optimizer: object) -> None:
+    """Stands in for a reduction that must not take place."""
 
 
 @contextmanager
