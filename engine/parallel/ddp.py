@@ -25,6 +25,8 @@ BUCKET_BYTES = 25 * 1024**2
 class DdpStrategy(SingleStrategy):
     """Plain PyTorch on every rank, and the mean of gradients over all of them."""
 
+    name = "ddp"
+
     def __init__(
         self,
         model: SlideModel,
@@ -35,7 +37,6 @@ class DdpStrategy(SingleStrategy):
         clip: float,
     ) -> None:
         super().__init__(model, optimizer, scheduler, device=device, clip=clip)
-        self.name = "ddp"
         self._ranks = dist.get_world_size()
         with torch.no_grad():  # all ranks start from the main one's weights, wherever each had its own from
             for bucket in _buckets([*model.parameters(), *model.buffers()]):

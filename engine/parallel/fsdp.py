@@ -23,12 +23,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.strategy import Strategy, check_gradient_norm
+from slidescale.engine.parallel.strategy import TorchStrategy
 
 # It warns of outputs that are views, which an in-place operation would cut from its hooks; the step has none on them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -38,7 +37,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 UNIT_NUMEL = 1_000_000
 
 
-class FsdpStrategy(Strategy):
+class FsdpStrategy(TorchStrategy):
     """Every rank holds a shard of the model and gathers a block's parameters while it computes with them.
 
     Args:
@@ -51,6 +50,8 @@ class FsdpStrategy(Strategy):
         gather: dtype that parameters are gathered and computed with; None is their own.
         unit_numel: see UNIT_NUMEL.
     """
+
+    name = checkpoint_format = "fsdp"
 
     def __init__(
         self,
@@ -80,14 +81,10 @@ class FsdpStrategy(Strategy):
         for method in ("encode", "aggregate"):
             register_fsdp_forward_method(model, method)
         assert isinstance(model, FSDPModule)
-        self.name = self.checkpoint_format = "fsdp"
-        self.model = model
-        self.device = device
+        made = optimizer(model)
+        super().__init__(model, made, scheduler(made) if scheduler else None, device=device, clip=clip)
         self._root: FSDPModule = model
         self._hold = hold
-        self._clip = clip
-        self._optimizer = optimizer(model)
-        self._scheduler = scheduler(self._optimizer) if scheduler else None
         self._backwards = 0
 
     @contextmanager
@@ -109,25 +106,6 @@ class FsdpStrategy(Strategy):
             self._root.set_is_last_backward(True)
             self._root.set_reshard_after_backward(True)
         loss.backward()
-
-    def step(self) -> float:
-        """Clip, step, schedule, clear."""
-        parameters = list(self.model.parameters())
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        check_gradient_norm(float(norm))
-        if self._clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
-        self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
-        self._optimizer.zero_grad()
-        return float(norm)
-
-    def learning_rate(self) -> float:
-        """Of the first parameter group."""
-        return self._optimizer.param_groups[0]["lr"]
 
     def save(self, folder: Path) -> None:
         """PyTorch's distributed checkpoint: each rank its shards."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -64,8 +65,8 @@ class Strategy(ABC):
         """Restore what `save` wrote; every rank calls it."""
 
 
-class SingleStrategy(Strategy):
-    """One process, plain PyTorch.
+class TorchStrategy(Strategy):
+    """Steps with a PyTorch optimizer over the model's parameters, whole or sharded.
 
     Args:
         clip: the largest gradient norm to step with; 0 leaves gradients as they are.
@@ -80,28 +81,18 @@ class SingleStrategy(Strategy):
         device: torch.device,
         clip: float,
     ) -> None:
-        self.name = "single"
-        self.checkpoint_format = "single or ddp"
         self.model = model
         self.device = device
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._clip = clip
 
-    @contextmanager
-    def accumulate(self, backwards: int) -> Iterator[None]:
-        """Nothing to reduce: the gradients add up in place."""
-        yield
-
-    def backward(self, loss: Tensor) -> None:
-        """Plain autograd."""
-        loss.backward()
-
     def step(self) -> float:
         """Clip, step, schedule, clear."""
         parameters = list(self.model.parameters())
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         check_gradient_norm(float(norm))
         if self._clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
@@ -114,6 +105,22 @@ class SingleStrategy(Strategy):
     def learning_rate(self) -> float:
         """Of the first parameter group."""
         return self._optimizer.param_groups[0]["lr"]
+
+
+class SingleStrategy(TorchStrategy):
+    """One process, plain PyTorch."""
+
+    name = "single"
+    checkpoint_format = "single or ddp"
+
+    @contextmanager
+    def accumulate(self, backwards: int) -> Iterator[None]:
+        """Nothing to reduce: the gradients add up in place."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Plain autograd."""
+        loss.backward()
 
     def save(self, folder: Path) -> None:
         """One file, `state.pt`."""
