@@ -25,7 +25,7 @@ from slidescale.engine.data.bag import Bag
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.footprint import measure
-from slidescale.engine.memory.offload import DiskOffload
+from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.planner import Job, choose, model_state
 from slidescale.engine.memory.usage import GIB, held_bytes, keep_freed_memory, peak_gib, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator

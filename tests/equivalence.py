@@ -28,6 +28,8 @@ from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.evaluation import evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.memory import offload
+from slidescale.engine.memory.offload_disk import DiskOffload
+from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
@@ -296,7 +298,7 @@ def offload_for(case: Case, mesh: Mesh) -> Iterator[offload.Offload | None]:
         return
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(offload, "SMALLEST", 1):
         on_gpu = device().type == "cuda"
-        store = offload.HostOffload(device()) if on_gpu else offload.DiskOffload(Path(folder), mesh.world.rank)
+        store = HostOffload(device()) if on_gpu else DiskOffload(Path(folder), mesh.world.rank)
         yield store
         assert store.bytes_out > 0, "something has really left"
         store.close()

@@ -17,8 +17,10 @@ from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory import offload
-from slidescale.engine.memory.offload import DiskOffload, HostOffload, Offload
+from slidescale.engine.memory import offload, offload_disk
+from slidescale.engine.memory.offload import Offload
+from slidescale.engine.memory.offload_disk import DiskOffload
+from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
@@ -284,7 +286,7 @@ def test_disk_reads_ahead_of_a_bounded_amount(store: Offload, monkeypatch: pytes
 
 
 def test_storage_larger_than_all_buffers(store: Offload) -> None:
-    content = torch.randint(0, 256, (3 * offload.STAGE + 12_345,), dtype=torch.uint8)
+    content = torch.randint(0, 256, (3 * offload_disk.STAGE + 12_345,), dtype=torch.uint8)
     first, last = content[:5_000].clone(), content[-5_000:].clone()
     packed = [store._pack(each) for each in (first, content, last)]
     for note, each in zip(reversed(packed), (last, content, first), strict=True):
@@ -315,8 +317,8 @@ def test_full_disk_is_told_and_the_next_step_is_clean(tmp_path: Path, monkeypatc
 
 def test_file_that_may_not_grow_is_told(store: Offload) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    content = torch.zeros(2 * offload.STAGE + 1, dtype=torch.uint8)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (offload.STAGE + 4096, hard))
+    content = torch.zeros(2 * offload_disk.STAGE + 1, dtype=torch.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (offload_disk.STAGE + 4096, hard))
     try:
         with pytest.raises(UserError, match=r"File too large"):
             store._unpack(store._pack(content))
@@ -431,7 +433,7 @@ import json, resource, sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from slidescale.engine.memory.offload import DiskOffload
+from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder

@@ -15,7 +15,8 @@ from typing import Literal
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.devices import Device
 from slidescale.engine.memory.footprint import Footprint
-from slidescale.engine.memory.offload import DISK_AHEAD, HOST_AHEAD, STAGE
+from slidescale.engine.memory.offload_disk import DISK_AHEAD, STAGE
+from slidescale.engine.memory.offload_host import HOST_AHEAD
 from slidescale.engine.memory.usage import format_size
 from slidescale.engine.parallel.ddp import BUCKET_BYTES
 

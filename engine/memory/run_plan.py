@@ -12,7 +12,9 @@ import torch
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.footprint import Footprint, measure
-from slidescale.engine.memory.offload import DiskOffload, HostOffload, Offload
+from slidescale.engine.memory.offload import Offload
+from slidescale.engine.memory.offload_disk import DiskOffload
+from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.memory.planner import (
     FP32,
     HELPS,
