@@ -104,7 +104,8 @@ def run(config: Config) -> Path:
         raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
     if device.type == "cpu":
         # What is resident keeps to a budget, or else what was used once is used again, which is faster.
-        (keep_freed_memory if config.memory.budget == "auto" else return_freed_memory)()
+        has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
+        (return_freed_memory if has_limit else keep_freed_memory)()
     model = make_model(config, classes=len(classes), bf16=bf16).to(device)
     _warn_of_random_weights(config, model.encoder)
     folder = _find_or_open_run_folder(config, mesh)

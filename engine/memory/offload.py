@@ -225,6 +225,7 @@ def _view(part: torch.UntypedStorage, tensor: Tensor) -> Tensor:
 
 
 def modified(size: torch.Size) -> RuntimeError:
+    """What to raise where autograd would have: a saved tensor has been written to."""
     return RuntimeError(
         f"a tensor of size {list(size)} that the backward needs was modified by an in-place operation after autograd "
         "saved it; --memory.policy recompute or keep names the operation under torch.autograd.set_detect_anomaly(True)"

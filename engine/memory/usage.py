@@ -20,6 +20,7 @@ CONTAINER_LIMITS = [
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 RETURNED = 1024**2
+MMAP_MAX = 65536  # glibc's own
 
 
 def parse_size(text: str, setting: str) -> int:
@@ -93,7 +94,10 @@ def return_freed_memory() -> bool:
     Returns:
         Whether it took effect: not without glibc.
     """
-    return _mallopt(M_MMAP_THRESHOLD, RETURNED)
+    # The threshold last: setting it is what stops glibc from moving it.
+    return (
+        _mallopt(M_MMAP_MAX, MMAP_MAX) and _mallopt(M_TRIM_THRESHOLD, RETURNED) and _mallopt(M_MMAP_THRESHOLD, RETURNED)
+    )
 
 
 def keep_freed_memory() -> bool:
