@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -26,6 +27,7 @@ class World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self._port = port
         self._pipes = []
         self._processes = []
         for rank in range(size):
@@ -55,6 +57,8 @@ class World:
         for process in self._processes:
             process.terminate()
             process.join(10)
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self._port}_*"):  # which DeepSpeed leaves there
+            buffer.unlink()
 
     def _answer(self, rank: int) -> "_Answer":
         try:

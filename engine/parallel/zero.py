@@ -4,6 +4,7 @@ What its engine does under many backwards a step was measured, not assumed, and 
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
+import atexit
 import contextlib
 import io
 import logging
@@ -66,6 +67,7 @@ class ZeroStrategy(Strategy):
                 config=ds_config | {"torch_autocast": {"enabled": False}, "gradient_accumulation_steps": 1},
                 dist_init_required=False,
             )
+        atexit.register(_remove_shared_buffer)
         self.model = model
         self.device = torch.device(engine.device)
         self._engine = engine
@@ -124,6 +126,12 @@ class ZeroStrategy(Strategy):
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
+
+
+def _remove_shared_buffer() -> None:
+    """Free this rank's buffer in shared memory, 66 MiB that DeepSpeed's CPU collectives leave behind for ever."""
+    where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
 
 
 def _reduce_nothing(optimizer: object) -> None:
