@@ -429,18 +429,19 @@ def test_device_memory_falls(store: HostOffload, monkeypatch: pytest.MonkeyPatch
 
 
 GROWTH = """
-import json, resource, sys
+import json, sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.memory.usage import GIB, peak_gib
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_gib(torch.device("cpu")) * GIB
 
 torch.set_num_threads(1)
 encoder = Encoder("resnet18", tile_px=224)

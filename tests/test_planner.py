@@ -133,12 +133,12 @@ def test_phases_of_a_step_add_up(k: int, chunk: int, stored: int, monkeypatch: p
 # ---- (b) the plan against a process
 
 STEP = """
-import json, resource, sys
+import json, sys
 request = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, request["tests"])
-from slidescale.engine.memory.usage import held_bytes, return_freed_memory
+from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
 assert return_freed_memory()
 from test_planner import Chunks, TileGroup, backpropagate, encode, make
 from slidescale.engine.models.dropout import Draw, drawing_for
@@ -159,7 +159,7 @@ for step in range(2):
     backpropagate(model, chunks, encoded, lambda loss: loss.backward())
     optimizer.step()
     optimizer.zero_grad()
-print(json.dumps({"base": base, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"base": base, "peak": peak_gib(torch.device("cpu")) * GIB}))
 """
 
 

@@ -45,7 +45,11 @@ def peak_gib(device: torch.device) -> float:
     """The most this process has held so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+    # Not getrusage's ru_maxrss, which starts from that of the process that started this one.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / GIB  # it says kB, and counts in KiB
+    raise OSError("/proc/self/status does not tell the peak of resident memory")
 
 
 def available_bytes(device: torch.device) -> int:
