@@ -17,7 +17,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory import offload, offload_disk
+from slidescale.engine.memory import offload, offload_disk, offload_host
 from slidescale.engine.memory.offload import Offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
@@ -28,11 +28,9 @@ from slidescale.engine.models.slide_model import SlideModel
 
 ENCODERS = ["test_resnet", "test_vit", "test_convnext"]
 CHUNK = 16
-HAS_GPU = torch.cuda.is_available()
 Saving = Callable[[], AbstractContextManager[None]]
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="HostOffload copies between a GPU and its host")]
-stores = pytest.mark.parametrize("store", ["disk", pytest.param("host", marks=on_gpu)], indirect=True)
+stores = pytest.mark.parametrize("store", ["disk", pytest.param("host", marks=pytest.mark.gpu)], indirect=True)
 
 
 @pytest.fixture
@@ -388,11 +386,10 @@ def test_host_memory_needs_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="HostOffload copies between a GPU and its host")
 @pytest.mark.parametrize("store", ["host"], indirect=True)
 def test_host_memory_is_used_again_from_step_to_step(store: HostOffload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SLAB", 1 << 20)  # so that storages lie across slabs
-    monkeypatch.setattr(offload, "HOST_AHEAD", 1 << 20)
+    monkeypatch.setattr(offload_host, "SLAB", 1 << 20)  # so that storages lie across slabs
+    monkeypatch.setattr(offload_host, "HOST_AHEAD", 1 << 20)
     model, chunks = make_model("test_resnet", device_of(store)), make_chunks(64, device_of(store))
     assert_same_gradients(model, chunks, store)
     slabs = [slab.data_ptr() for slab in store._slabs]
@@ -403,7 +400,6 @@ def test_host_memory_is_used_again_from_step_to_step(store: HostOffload, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="HostOffload copies between a GPU and its host")
 @pytest.mark.parametrize("store", ["host"], indirect=True)
 def test_host_refuses_what_changed_on_its_way_out(store: HostOffload) -> None:
     with pytest.raises(RuntimeError, match="modified by an in-place operation"):
@@ -411,10 +407,9 @@ def test_host_refuses_what_changed_on_its_way_out(store: HostOffload) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="HostOffload copies between a GPU and its host")
 @pytest.mark.parametrize("store", ["host"], indirect=True)
 def test_device_memory_falls(store: HostOffload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "HOST_AHEAD", 1 << 20)
+    monkeypatch.setattr(offload_host, "HOST_AHEAD", 1 << 20)
     monkeypatch.setattr(store, "_limit", 1 << 20)
     device = device_of(store)
     model, chunks = make_model("test_resnet", device), make_chunks(40 * CHUNK, device)

@@ -36,6 +36,10 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
+# What DeepSpeed's engine calls to reduce at the end of `coalesce_grad_reduction`.
+FLUSHES = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
+
+
 class ZeroStrategy(Strategy):
     """DeepSpeed's engine, ZeRO stage 0 to 3 as its configuration says.
 
@@ -79,14 +83,18 @@ class ZeroStrategy(Strategy):
     def accumulate(self, backwards: int) -> Iterator[None]:
         """Keep a step's gradients local and reduce them once, at the end."""
         if self._stage > 0:
-            with self._engine.coalesce_grad_reduction():
-                try:
-                    yield
-                except BaseException:
-                    # On leaving, DeepSpeed would reduce, and wait for ranks that may have met no error.
-                    self._engine._flush_coalesced_reduction_zero12 = _reduce_nothing
-                    self._engine._flush_coalesced_reduction_zero3 = _reduce_nothing
-                    raise
+            try:
+                with self._engine.coalesce_grad_reduction():
+                    try:
+                        yield
+                    except BaseException:
+                        # On leaving, DeepSpeed would reduce, and wait for ranks that may have met no error.
+                        for name in FLUSHES:
+                            setattr(self._engine, name, _reduce_nothing)
+                        raise
+            finally:
+                for name in FLUSHES:
+                    vars(self._engine).pop(name, None)
             return
         # Stage 0 has no coalescing; withholding the accumulation boundary withholds its reduction.
         self._engine.set_gradient_accumulation_boundary(False)
