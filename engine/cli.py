@@ -218,7 +218,7 @@ def make_plan(request: PlanRequest) -> Answer:
     local = math.ceil(request.k / request.ranks)
     chunks, bags = sizes_to_measure(local, request.chunk, kind)
     footprint = measure(
-        lambda: make_model(config, classes=2, bf16=request.precision == "bf16"),
+        lambda: make_model(config, classes=2, bf16=request.precision == "bf16", kernels="torch"),
         tile_px=request.tile_px,
         chunks=chunks,
         bags=bags,

@@ -12,6 +12,7 @@ from slidescale.engine.memory.planner import PolicyName
 from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import PoolingName
 from slidescale.engine.models.transformer import SpreadName
+from slidescale.kernels.dispatch import KernelChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class DataConfig:
     """Smallest share of a tile's area that must be tissue, 0 to 1."""
     max_excluded: float = 0.1
     """Largest share of the manifest's slides that may prove unusable before the run stops, 0 to 1."""
+    augment_symmetry: bool = False
+    """Turn and mirror each training tile at random, by one of the eight symmetries of a square."""
+    stain_jitter: float = 0.0
+    """Change each training tile's stains at random: multiply the amounts of haematoxylin, eosin and DAB by up to 1 ±
+    this, and add up to ± this (which tints white, too); 0: neither. 0.05 is mild, 0.2 strong (Tellez et al. 2019)."""
     readers: int = 2
     """Threads a rank that read tiles in the background."""
     prefetch: int = 1
@@ -61,6 +67,7 @@ class DataConfig:
         _require(self.k == "all" or self.k >= 1, "data.k", self.k, "must be 'all' or at least 1 tile")
         _require(0 < self.min_tissue <= 1, "data.min_tissue", self.min_tissue, "must be a share above 0, at most 1")
         _require(0 <= self.max_excluded <= 1, "data.max_excluded", self.max_excluded, "must be a share from 0 to 1")
+        _require(0 <= self.stain_jitter < 1, "data.stain_jitter", self.stain_jitter, "must be a share from 0, below 1")
         _require(self.readers >= 1, "data.readers", self.readers, "must be at least 1 thread")
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1 bag")
         _require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "must be distinct")
@@ -99,6 +106,10 @@ class ModelConfig:
     """Width of the aggregator's two projection layers."""
     attention_dim: int = 384
     """Width of the attention gate (gated_attention only)."""
+    attention_branches: int = 1
+    """Weightings of the tiles over one gate, whose means the classifier sees side by side (gated_attention only)."""
+    attention_dropout: float = 0.0
+    """Probability of dropout on the attention gate, 0 to 1 (gated_attention only)."""
     dropout: float = 0.25
     """Probability of dropout after each projection layer, and on what a transformer layer adds, 0 to 1."""
 
@@ -114,6 +125,15 @@ class ModelConfig:
             _require(self.hidden_dim % divisor == 0, "model.hidden_dim", self.hidden_dim, rule)
         _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
         _require(self.attention_dim >= 1, "model.attention_dim", self.attention_dim, "must be at least 1")
+        if self.pooling != "gated_attention":
+            rule = "is for --model.pooling gated_attention"
+            _require(self.attention_branches == 1, "model.attention_branches", self.attention_branches, rule)
+            _require(self.attention_dropout == 0, "model.attention_dropout", self.attention_dropout, rule)
+        _require(self.attention_branches >= 1, "model.attention_branches", self.attention_branches, "must be at least 1")
+        _require(
+            0 <= self.attention_dropout < 1,
+            "model.attention_dropout", self.attention_dropout, "must be a probability from 0, below 1",
+        )  # fmt: skip
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be a probability from 0, below 1")
 
 
@@ -232,6 +252,9 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of matrix products; weights and optimizer stay fp32. auto: as ds.json says, else bf16 where the
     processor or GPU has it."""
+    kernels: KernelChoice = "auto"
+    """Tile preparation and attention pooling. triton: fused kernels, for GPUs; torch: the same in PyTorch's operators;
+    auto: triton on a GPU, torch elsewhere."""
     heatmaps: int = 4
     """Validation slides whose tile attention is drawn each time validation improves."""
 

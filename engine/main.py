@@ -45,6 +45,7 @@ from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
 from slidescale.engine.step import TrainStep
 from slidescale.engine.trainer import Trainer
+from slidescale.kernels.dispatch import KernelName, choose_kernels
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,11 @@ def run(config: Config) -> Path:
         # What is resident keeps to a budget, or else what was used once is used again, which is faster.
         has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
         (return_freed_memory if has_limit else keep_freed_memory)()
-    model = make_model(config, classes=len(classes), bf16=bf16).to(device)
+    try:
+        kernels = choose_kernels(config.run.kernels, device)
+    except ValueError as error:
+        raise ConfigError(f"--run.kernels: {error}") from None
+    model = make_model(config, classes=len(classes), bf16=bf16, kernels=kernels).to(device)
     _warn_of_random_weights(config, model.encoder)
     folder = _find_or_open_run_folder(config, mesh)
     log.info(
@@ -128,13 +133,13 @@ def run(config: Config) -> Path:
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
     strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
     log.info(
-        "%s (%.1f M parameters) + %s, %s, %s%s", config.model.encoder, _count_parameters(model) / 1e6,
+        "%s (%.1f M parameters) + %s, %s, %s, kernels: %s%s", config.model.encoder, _count_parameters(model) / 1e6,
         config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
-        f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
+        kernels, f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
     )  # fmt: skip
     plan = plan_run(
         config,
-        partial(make_model, classes=len(classes), bf16=bf16),
+        partial(make_model, classes=len(classes), bf16=bf16, kernels=kernels),
         strategy=strategy.name,
         ds_config=ds_config,
         k=max(bag_size(cohort.tilings[row.slide_id], data.k) for row in cohort.usable("train")),
@@ -168,7 +173,7 @@ def run(config: Config) -> Path:
     return folder
 
 
-def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
+def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName) -> SlideModel:
     """Encoder and aggregator, initialised from the run's seed."""
     settings = config.model
     with seeded(torch.device("cpu"), config.run.seed, "model"):
@@ -179,6 +184,9 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             weights=settings.weights,
             drop_path=settings.drop_path,
             lora_rank=settings.lora_rank,
+            augment_symmetry=config.data.augment_symmetry,
+            stain_jitter=config.data.stain_jitter,
+            kernels=kernels,
         )
         encoder.set_checkpointing(config.memory.checkpoint_blocks)
         aggregator = Aggregator(
@@ -187,11 +195,14 @@ def make_model(config: Config, *, classes: int, bf16: bool) -> SlideModel:
             pooling=settings.pooling,
             hidden_dim=settings.hidden_dim,
             attention_dim=settings.attention_dim,
+            attention_branches=settings.attention_branches,
+            attention_dropout=settings.attention_dropout,
             dropout=settings.dropout,
             slide_norm=settings.slide_norm,
             transformer_layers=settings.transformer_layers,
             transformer_heads=settings.transformer_heads,
             transformer_spread=settings.transformer_spread,
+            kernels=kernels,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
 

@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 
 KernelName = Literal["triton", "torch"]
+KernelChoice = Literal["auto", "triton", "torch"]
 
 
-def choose_kernels(asked: Literal["auto", "triton", "torch"], device: torch.device) -> KernelName:
+def choose_kernels(asked: KernelChoice, device: torch.device) -> KernelName:
     """The implementation that a run uses on `device`.
 
     Args:

@@ -17,6 +17,9 @@ from worlds import World
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton's kernels run on the CPU, emulated; it decides so when a kernel is defined, as its module is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

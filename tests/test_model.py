@@ -14,7 +14,6 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.kernels.gated_attention import gated_scores, pool_partial
-from slidescale.kernels.tile_prep import prepare_tiles
 
 
 def random_tiles(n: int, side: int = 32) -> torch.Tensor:
@@ -136,16 +135,6 @@ def test_autocast_keeps_the_sum_over_tiles_in_fp32() -> None:
     assert few.dtype == torch.float32
     torch.testing.assert_close(many, few, rtol=1e-2, atol=1e-3)
     assert float(weights.sum()) == pytest.approx(1, abs=1e-4)
-
-
-def test_prepare_tiles() -> None:
-    tiles = random_tiles(2, side=5)
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
-    image = prepare_tiles(tiles, mean, std)
-    assert image.shape == (2, 3, 5, 5)
-    assert image.is_contiguous(memory_format=torch.channels_last)
-    expected = (tiles[1, 3, 4, 2] / 255 - 0.3) / 0.4
-    torch.testing.assert_close(image[1, 2, 3, 4], expected)
 
 
 def test_class_weights_weigh() -> None:

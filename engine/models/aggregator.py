@@ -5,10 +5,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slidescale.engine.models.dropout import key_dropouts
+from slidescale.engine.models.dropout import current_draw, key_dropouts
 from slidescale.engine.models.transformer import SpreadName, Transformer
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.kernels.gated_attention import Partial, gated_scores, pool_partial
+from slidescale.kernels.dispatch import KernelName
+from slidescale.kernels.gated_attention import Gate, GateDropout, Partial, gated_attention, pool_partial
 
 PoolingName = Literal["gated_attention", "mean", "max"]
 
@@ -17,7 +18,7 @@ class Pooled(NamedTuple):
     """What a pooling returns.
 
     Attributes:
-        features: `[D]`, of the whole slide, equal on every rank of the tile group.
+        features: of the whole slide, equal on every rank of the tile group: `[D]`, or `[B · D]` of B attention branches.
         weights: `[K_local]`, the share of each of this rank's tiles in it, detached; they sum to 1 over the group.
     """
 
@@ -26,23 +27,43 @@ class Pooled(NamedTuple):
 
 
 class GatedAttentionPooling(nn.Module):
-    """Attention-weighted mean of tiles (ABMIL: Ilse et al. 2018, eq. 8 and 9; the pooling of GMA)."""
+    """Attention-weighted means of tiles (ABMIL: Ilse et al. 2018, eq. 8 and 9; the pooling of GMA).
 
-    def __init__(self, dim: int, attention_dim: int) -> None:
+    Args:
+        dim: D, of the features.
+        attention_dim: L, width of the gate.
+        branches: B, means of different weights over one gate, which the classifier sees side by side.
+        dropout: probability, on the gate, drawn by tile (see `models/dropout.py`).
+        kernels: "triton" or "torch".
+    """
+
+    def __init__(
+        self, dim: int, attention_dim: int, *, branches: int = 1, dropout: float = 0.0, kernels: KernelName = "torch"
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
+        self.kernels = kernels
         # Its own parameters and not three Linear modules: ZeRO-3 gathers a module's own parameters around its
         # forward, and a kernel wants the tensors.
         self.v_weight, self.v_bias = _linear_parameters(dim, attention_dim)
         self.u_weight, self.u_bias = _linear_parameters(dim, attention_dim)
-        self.w_weight, self.w_bias = _linear_parameters(attention_dim, 1)
+        self.w_weight, self.w_bias = _linear_parameters(attention_dim, branches)
 
     def forward(self, features: Tensor, group: TileGroup) -> Pooled:
         """Pool `[K_local, D]` over the tile group."""
-        v, u, w = (self.v_weight, self.v_bias), (self.u_weight, self.u_bias), (self.w_weight, self.w_bias)
-        scores = gated_scores(features, *v, *u, *w)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        partial = pool_partial(scores, features)
-        return Pooled(group.merge(partial), _softmax_over_group(scores.detach(), partial, group))
+        gate = Gate(self.v_weight, self.v_bias, self.u_weight, self.u_bias, self.w_weight, self.w_bias)
+        dropout = None
+        if self.dropout and self.training:
+            draw = current_draw()
+            dropout = GateDropout(self.dropout, draw.seed_for("aggregator.pooling"), draw.first)
+        scores, partial = gated_attention(features, gate, dropout=dropout, kernels=self.kernels)
+        weights = _softmax_over_group(scores.detach(), partial, group)
+        return Pooled(group.merge(partial).flatten(), weights.mean(dim=1))
+
+    def extra_repr(self) -> str:
+        """As `print(model)` shows it."""
+        branches, width = self.w_weight.shape
+        return f"{branches} branches over a gate of {width}, dropout={self.dropout}, kernels={self.kernels!r}"
 
 
 class MeanPooling(nn.Module):
@@ -51,9 +72,10 @@ class MeanPooling(nn.Module):
     def forward(self, features: Tensor, group: TileGroup) -> Pooled:
         """Pool `[K_local, D]` over the tile group."""
         features = features.to(torch.promote_types(features.dtype, torch.float32))
-        scores = features.new_zeros(len(features))
+        scores = features.new_zeros((len(features), 1))
         partial = pool_partial(scores, features)
-        return Pooled(group.merge(partial), _softmax_over_group(scores, partial, group))
+        weights = _softmax_over_group(scores, partial, group)
+        return Pooled(group.merge(partial)[0], weights[:, 0])
 
 
 class MaxPooling(nn.Module):
@@ -106,11 +128,14 @@ class Aggregator(nn.Module):
         pooling: "gated_attention", "mean" or "max".
         hidden_dim: width of the projection.
         attention_dim: L, width of the attention gate (gated attention only).
+        attention_branches: B, weightings of the tiles, pooled side by side (gated attention only).
+        attention_dropout: probability, on the gate (gated attention only).
         dropout: probability, after each projection layer, and on what each transformer layer's attention and MLP add.
         slide_norm: standardise features over the slide's tiles first (see `SlideNorm`).
         transformer_layers: number of transformer layers; 0: tiles do not see each other before pooling.
         transformer_heads: attention heads of each.
         transformer_spread: how they spread over ranks, "split" or "gathered" (see `Transformer`).
+        kernels: that pool by gated attention.
     """
 
     def __init__(
@@ -122,10 +147,13 @@ class Aggregator(nn.Module):
         hidden_dim: int,
         attention_dim: int,
         dropout: float,
+        attention_branches: int = 1,
+        attention_dropout: float = 0.0,
         slide_norm: bool = False,
         transformer_layers: int = 0,
         transformer_heads: int = 8,
         transformer_spread: SpreadName = "split",
+        kernels: KernelName = "torch",
     ) -> None:
         super().__init__()
         self.norm = SlideNorm() if slide_norm else None
@@ -142,8 +170,18 @@ class Aggregator(nn.Module):
                 dropout=dropout,
                 spread=transformer_spread,
             )
-        self.pooling = _make_pooling(pooling, hidden_dim, attention_dim)
-        self.classifier = nn.Linear(hidden_dim, classes)
+        self.pooling: nn.Module
+        match pooling:
+            case "gated_attention":
+                self.pooling = GatedAttentionPooling(
+                    hidden_dim, attention_dim, branches=attention_branches, dropout=attention_dropout, kernels=kernels
+                )
+            case "mean":
+                self.pooling = MeanPooling()
+            case "max":
+                self.pooling = MaxPooling()
+        branches = attention_branches if pooling == "gated_attention" else 1
+        self.classifier = nn.Linear(branches * hidden_dim, classes)
         key_dropouts(self, "aggregator")
 
     def forward(self, features: Tensor, coords: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
@@ -170,16 +208,6 @@ class Aggregator(nn.Module):
         return self.classifier(pooled.features), pooled.weights
 
 
-def _make_pooling(name: PoolingName, dim: int, attention_dim: int) -> nn.Module:
-    match name:
-        case "gated_attention":
-            return GatedAttentionPooling(dim, attention_dim)
-        case "mean":
-            return MeanPooling()
-        case "max":
-            return MaxPooling()
-
-
 def _linear_parameters(in_dim: int, out_dim: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias with the initial values of nn.Linear."""
     layer = nn.Linear(in_dim, out_dim)
@@ -187,7 +215,7 @@ def _linear_parameters(in_dim: int, out_dim: int) -> tuple[nn.Parameter, nn.Para
 
 
 def _softmax_over_group(scores: Tensor, partial: Partial, group: TileGroup) -> Tensor:
-    """Softmax of `[K_local]` scores over all the group's tiles, detached."""
+    """Softmax of `[K_local, B]` scores over all the group's tiles, detached."""
     largest = group.max(partial.m)
     total = group.sum(partial.l.detach() * torch.exp(partial.m - largest))
     return torch.exp(scores - largest) / total

@@ -25,6 +25,15 @@ class Draw:
     first: int
     count: int
 
+    def uniform(self, layer: str, size: int, device: torch.device) -> Tensor:
+        """What a layer draws for each of the tiles: fp32 `[count, size]` in [0, 1), on `device`."""
+        tiles = torch.arange(self.first, self.first + self.count, device=device)
+        return keyed_uniform(self.seed_for(layer), tiles, size)
+
+    def seed_for(self, layer: str) -> int:
+        """Seed of what a layer draws for the bag's tiles."""
+        return derive_seed(self.seed, layer)
+
 
 # Not thread-local: where blocks are recomputed in the backward, autograd's own thread draws their masks again.
 _draw: Draw | None = None
@@ -51,6 +60,12 @@ def redrawing(first: int, count: int) -> Iterator[None]:
         yield
 
 
+def current_draw() -> Draw:
+    """The tiles of the batch that is being computed."""
+    assert _draw is not None, "a layer that draws must know its tiles: see drawing_for"
+    return _draw
+
+
 class KeyedDropout(nn.Module):
     """Dropout, or stochastic depth, with a mask of each tile's own.
 
@@ -73,13 +88,12 @@ class KeyedDropout(nn.Module):
         """Drop values of `[n, ...]` in training, and scale the others by 1 / (1 − p)."""
         if not self.training:
             return x
-        assert _draw is not None, "a keyed dropout must know its tiles: see drawing_for"
-        assert len(x) % max(1, _draw.count) == 0, f"{len(x)} rows of {_draw.count} tiles"
-        tiles = torch.arange(_draw.first, _draw.first + _draw.count, device=x.device)
-        size = 1 if self.whole else x.numel() // max(1, _draw.count)
-        kept = keyed_uniform(derive_seed(_draw.seed, self.layer), tiles, size) >= self.p
+        draw = current_draw()
+        assert len(x) % max(1, draw.count) == 0, f"{len(x)} rows of {draw.count} tiles"
+        size = 1 if self.whole else x.numel() // max(1, draw.count)
+        kept = draw.uniform(self.layer, size, x.device) >= self.p
         if self.whole:
-            kept = kept.repeat_interleave(len(x) // max(1, _draw.count), dim=0).view(-1, *[1] * (x.ndim - 1))
+            kept = kept.repeat_interleave(len(x) // max(1, draw.count), dim=0).view(-1, *[1] * (x.ndim - 1))
         else:
             kept = kept.view(x.shape)
         # Divided by a number, not multiplied by a tensor: 1 / (1 − p) rounded to bf16 is off by up to 0.4%.

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.dropout import KeyedDropout, key_dropouts
 from slidescale.engine.models.lora import add_adapters
-from slidescale.kernels.tile_prep import prepare_tiles
+from slidescale.engine.models.tile_prep import TilePrep
+from slidescale.kernels.dispatch import KernelName
 
 
 class Encoder(nn.Module):
@@ -29,6 +30,9 @@ class Encoder(nn.Module):
         drop_path: largest probability of leaving out a residual block for a tile (stochastic depth: Huang et al.
             2016); timm gives the deepest block this and the earlier ones less.
         lora_rank: rank of the adapters that are trained in place of the weights (see `models/lora.py`); 0: none.
+        augment_symmetry: turn each training tile by a random symmetry of the square (see `TilePrep`).
+        stain_jitter: strength of random changes of a training tile's stains, 0 to 1 (see `TilePrep`); 0: none.
+        kernels: that prepare the tiles.
 
     Raises:
         ConfigError: unknown name (with near matches), weights that are not there or named twice, or a network that
@@ -44,18 +48,21 @@ class Encoder(nn.Module):
         weights: Path | None = None,
         drop_path: float = 0.0,
         lora_rank: int = 0,
+        augment_symmetry: bool = False,
+        stain_jitter: float = 0.0,
+        kernels: KernelName = "torch",
     ) -> None:
         super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
         self.name = name
         backbone = _create(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
         # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
         self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         data_config = timm.data.resolve_model_data_config(self.backbone)
-        self.register_buffer("mean", torch.tensor(data_config["mean"]), persistent=False)
-        self.register_buffer("std", torch.tensor(data_config["std"]), persistent=False)
+        self.prepare = TilePrep(
+            data_config["mean"], data_config["std"], augment_symmetry=augment_symmetry, stain_jitter=stain_jitter,
+            kernels=kernels,
+        )  # fmt: skip
         if lora_rank:
             add_adapters(backbone, lora_rank, example=torch.zeros(1, 3, tile_px, tile_px))
         key_dropouts(backbone, "encoder")
@@ -65,7 +72,7 @@ class Encoder(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 `[n, H, W, 3]` to features `[n, D]`."""
-        return self.backbone(prepare_tiles(tiles, self.mean, self.std))
+        return self.backbone(self.prepare(tiles))
 
     def train(self, mode: bool = True) -> "Encoder":
         """Set training or evaluation mode; BatchNorm layers stay in evaluation mode."""

@@ -35,13 +35,13 @@ class TileGroup(RankGroup):
         return -(-most // chunk)
 
     def merge(self, partial: Partial) -> Tensor:
-        """The softmax-pooled features `[D]` of the whole slide, from each rank's partial.
+        """The softmax-pooled features `[B, D]` of the whole slide, from each rank's partial.
 
-        One detached max and one differentiable all-reduce of D + 1 numbers, whatever K is.
+        One detached max and one differentiable all-reduce of B (D + 1) numbers, whatever K is.
         """
         if self.size == 1:
-            return partial.acc / partial.l
+            return partial.acc / partial.l[:, None]
         largest = self.max(partial.m)
         rescale = torch.exp(partial.m - largest)
-        total = self.sum(torch.cat([partial.acc * rescale, (partial.l * rescale).reshape(1)]))
-        return total[:-1] / total[-1]
+        total = self.sum(torch.cat([partial.acc, partial.l[:, None]], dim=1) * rescale[:, None])
+        return total[:, :-1] / total[:, -1:]

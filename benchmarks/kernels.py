@@ -1,0 +1,402 @@
+"""What the kernels cost: memory and time beside plain PyTorch, and what they take of GPUs that need not be there.
+
+    python benchmarks/kernels.py                   on this machine's processors: the kernels "torch"
+    python benchmarks/kernels.py --device cuda     on a GPU: "triton" too, beside the GPU's measured ceilings
+    python benchmarks/kernels.py --aot             compile every Triton kernel for five architectures, without a GPU
+
+Before a speed is printed, results are compared with the definition in fp64; if an error is too large, no speed is, and
+the exit status is 1. Tables are printed, and written into docs/kernels.md, a section for each of the three.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ahead_of_time import ARCHITECTURES, Compiled, compile_all
+from torch import Tensor
+
+from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
+from slidescale.kernels.gated_attention import Attended, Gate, gated_attention, gated_scores, pool_partial
+from slidescale.kernels.tile_prep import prepare_tiles
+from slidescale.kernels.tile_prep.reference import prepare_tiles as define_tiles
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+MIB = 1024**2
+HEAD = """# Kernels
+
+Written by `python benchmarks/kernels.py`, with `--aot` and `--device cuda`; not by hand.
+"""
+
+
+class Shape(NamedTuple):
+    """Of the attention: tiles, width of features and gate, branches. And of the tiles: how many, of how many pixels."""
+
+    k: int
+    dim: int
+    width: int
+    branches: int
+    tiles: int
+    tile_px: int
+
+
+# ---- what is compared
+
+
+def plain_attention(features: Tensor, gate: Gate) -> Attended:
+    """As anyone would write it: PyTorch's own operators, all of it in the graph."""
+    scores = gated_scores(features, gate)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return Attended(scores, pool_partial(scores, features))
+
+
+def attention_inputs(shape: Shape, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Gate]:
+    """Features in `dtype`, and a gate in fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(size, generator=generator, device=device, dtype=dtype) * scale).requires_grad_()
+
+    wide = (shape.width, shape.dim)
+    gate = Gate(
+        draw(*wide, scale=shape.dim**-0.5), draw(shape.width), draw(*wide, scale=shape.dim**-0.5), draw(shape.width),
+        draw(shape.branches, shape.width, scale=shape.width**-0.5), draw(shape.branches),
+    )  # fmt: skip
+    features = draw(k, shape.dim, dtype=dtype).detach().requires_grad_()
+    return features, gate
+
+
+def attend(how: str, features: Tensor, gate: Gate, dtype: torch.dtype) -> list[Tensor]:
+    """Pool and go back: the pooled features and all gradients."""
+    with torch.autocast(features.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        attended = (
+            plain_attention(features, gate) if how == "PyTorch" else gated_attention(features, gate, kernels=how)
+        )
+    pooled = attended.pooled
+    return [pooled.detach(), *torch.autograd.grad(pooled, (features, *gate), torch.ones_like(pooled))]
+
+
+def plain_tiles(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """As anyone would write it."""
+    scale = 1.0 / (255.0 * std)
+    return (tiles.to(mean.dtype) * scale - mean / std).permute(0, 3, 1, 2).to(dtype)
+
+
+# ---- how it is measured
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_seconds(ways: dict[str, Callable[[], Any]], device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Seconds of each, by turns, so that all meet the same neighbours; the first turn warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, way in ways.items():
+            synchronise(device)
+            begin = time.perf_counter()
+            way()
+            synchronise(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, turns: int) -> tuple[float, float]:
+    """The best that this machine does just now: bytes/s of a copy, and FLOP/s of a matrix product."""
+    large = device.type == "cuda"
+    source = torch.randn(2**28 if large else 2**26, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if large else 2048
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    ways: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    seconds = {name: min(times) for name, times in measure_seconds(ways, device, turns).items()}
+    return 2 * source.nbytes / seconds["copy"], 2 * n**3 / seconds["product"]
+
+
+def extra_bytes(what: str, how: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+    """Peak beyond the inputs, in this process, which has done nothing else."""
+    return_freed_memory()  # resident memory then follows what is alive
+    work = make_work(what, how, shape, dtype, device)
+    warm = make_work(what, how, shape._replace(k=64, tiles=1), dtype, device)
+    warm()  # libraries allocate once
+    synchronise(device)
+    base = held_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    work()
+    synchronise(device)
+    return round(peak_gib(device) * GIB) - base
+
+
+def make_work(what: str, how: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
+    """One of the computations, with its inputs."""
+    if what == "attention":
+        features, gate = attention_inputs(shape, shape.k, dtype, device)
+        return partial(attend, how, features, gate, dtype)
+    size = (shape.tiles, shape.tile_px, shape.tile_px, 3)
+    tiles = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    mean, std = (torch.tensor(each, device=device) for each in ([0.7, 0.6, 0.7], [0.23, 0.27, 0.21]))
+    if how == "PyTorch":
+        return partial(plain_tiles, tiles, mean, std, dtype)
+    return partial(prepare_tiles, tiles, mean, std, dtype=dtype, kernels=how)
+
+
+def measure_memory(what: str, how: str, args: argparse.Namespace) -> int:
+    """`extra_bytes`, in a process of its own."""
+    words = [sys.executable, __file__, "--cell", what, how]
+    for name in ("device", "k", "dim", "width", "branches", "tiles", "tile_px", "dtype", "threads"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return int(done.stdout.split()[-1])
+
+
+def check(hows: list[str], shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, float]]:
+    """Worst relative error of each implementation, against the definition in fp64, at a K of 2,000 at most."""
+    small = shape._replace(k=min(shape.k, 2_001), tiles=min(shape.tiles, 3))
+    features, gate = attention_inputs(small, small.k, dtype, device)
+    exact_gate = Gate(*(each.detach().double().requires_grad_() for each in gate))
+    expected = attend("PyTorch", features.detach().double().requires_grad_(), exact_gate, torch.float64)
+    errors: dict[str, dict[str, float]] = {"attention": {}, "tiles": {}}
+    for how in hows:
+        # The gradient of c is a sum of shares that cancel: its error is measured by their size, 1, not by its own.
+        errors["attention"][how] = max(
+            float((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3 if theirs.ndim == 1 else 1e-9))
+            for ours, theirs in zip(attend(how, features, gate, dtype)[:-1], expected[:-1], strict=True)
+        )
+        work = make_work("tiles", how, small, dtype, device)
+        tiles, mean, std = work.args[:3]  # type: ignore[attr-defined]
+        exact = define_tiles(tiles, mean.double(), std.double(), torch.float64)
+        errors["tiles"][how] = float((work().double() - exact).norm() / exact.norm())
+    return errors
+
+
+def is_red(errors: dict[str, float], dtype: torch.dtype) -> bool:
+    """Whether an error is too large: in 16 bits more than twice PyTorch's own, in fp32 more than 1e-5."""
+    most = 1e-5 if dtype == torch.float32 else 2 * errors["PyTorch"] + 1e-6
+    return any(not error <= most for error in errors.values())
+
+
+def work_of(what: str, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOPs, and bytes that must cross the memory: inputs read in each pass over them, results written."""
+    if what == "tiles":
+        values = shape.tiles * shape.tile_px**2 * 3
+        return 2 * values, values * (1 + dtype.itemsize)
+    gate, features = shape.k * shape.width * shape.dim, shape.k * shape.dim * dtype.itemsize
+    # Forward: the gate. Backward: the gate again, ∂L/∂h, ∂L/∂V and ∂L/∂U. PyTorch does without the second.
+    return 2 * 2 * gate * 4, 4 * features
+
+
+# ---- what is told
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace one section of the page, or add it."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    content = page.read_text(encoding="utf-8") if page.exists() else HEAD
+    if begin not in content:
+        content += f"\n{begin}{end}"
+    before, rest = content.split(begin)
+    page.write_text(f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def machine(device: torch.device, threads: int) -> str:
+    """What was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{threads} × {model[0].split(':')[1].strip()}, PyTorch {torch.__version__}"
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Compare, measure, print and write; the exit status."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
+    hows = ["PyTorch", "torch"] + ["triton"] * (device.type == "cuda")
+    errors = check(hows, shape, dtype, device)
+    if red := [what for what, each in errors.items() if is_red(each, dtype)]:
+        print(f"WRONG RESULTS, no speed is told: {', '.join(red)}: {errors}", file=sys.stderr)
+        return 1
+    bandwidth, flops = measure_ceilings(device, dtype, args.turns)
+    where = f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns."
+    ceilings = f"Measured ceilings: {bandwidth / 1e9:.0f} GB/s (copy), {flops / 1e12:.2f} TFLOP/s (matrix product)."
+    sections, results = [where, ceilings], []
+    titles = {
+        "attention": f"Gated attention, forward and backward: K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, "
+        f"{shape.branches} branch{'es' * (shape.branches > 1)}",
+        "tiles": f"Tile preparation: {shape.tiles} tiles of {shape.tile_px} px",
+    }
+    for what, title in titles.items():
+        work_flops, work_bytes = work_of(what, shape, dtype)
+        memory = {how: measure_memory(what, how, args) for how in hows}
+        ways = {how: make_work(what, how, shape, dtype, device) for how in hows}
+        seconds = measure_seconds(ways, device, args.turns)
+        best = {how: min(times) for how, times in seconds.items()}
+        rows = []
+        for how in hows:
+            done_flops = work_flops * (0.75 if (what, how) == ("attention", "PyTorch") else 1)
+            rows.append([
+                how, f"{1e3 * best[how]:.1f}", f"{best[how] / best['PyTorch']:.2f}",
+                f"{1e3 * statistics.median(seconds[how]):.1f}", f"{memory[how] / MIB:.0f}",
+                f"{memory[how] / max(1, memory['PyTorch']):.2f}", f"{errors[what][how]:.1e}",
+                f"{work_bytes / best[how] / 1e9:.1f} ({work_bytes / best[how] / bandwidth:.0%})",
+                f"{done_flops / best[how] / 1e12:.3f} ({done_flops / best[how] / flops:.0%})",
+            ])  # fmt: skip
+            results.append({
+                "what": what, "kernels": how, "seconds": best[how], "time_ratio": best[how] / best["PyTorch"],
+                "extra_mib": memory[how] / MIB, "memory_ratio": memory[how] / max(1, memory["PyTorch"]),
+                "error": errors[what][how],
+            })  # fmt: skip
+        header = [
+            "kernels", "ms", "of PyTorch's", "median ms", "extra MiB", "of PyTorch's", "error", "GB/s (of ceiling)",
+            "TFLOP/s (of ceiling)",
+        ]  # fmt: skip
+        sections += [f"**{title}**", table(header, rows)]
+    text = "\n\n".join(sections)
+    print(text)
+    kind = "a GPU" if device.type == "cuda" else "a CPU"
+    note = (
+        "\"PyTorch\" is the definition in PyTorch's own operators. Extra memory is the peak beyond the inputs, each in a "
+        "process of its own; gradients are a part of it. Bytes are those that must cross the memory."
+    )
+    if not args.no_page:
+        write_section(args.page, f"on {kind}", f"## Measured on {kind}\n\n{note}\n\n{text}")
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+# ---- ahead of time
+
+
+def theory(shape: Shape) -> list[tuple[str, float, float]]:
+    """Of each kernel in bf16: its FLOPs, and the bytes it moves if features are read from memory once."""
+    k, dim, width, branches = shape.k, shape.dim, shape.width, shape.branches
+    product, features, gate, scores = 2.0 * k * 2 * width * dim, 2.0 * k * dim, 2.0 * k * 2 * width, 4.0 * k * branches
+    values = shape.tiles * shape.tile_px**2 * 3
+    return [
+        ("pool_block", product + 2 * k * branches * (width + dim), features + scores),
+        ("score_gradient", 2.0 * k * branches * dim, features + 3 * scores),
+        ("gate_gradient", product + 4 * k * branches * width, features + scores + gate),
+        ("features_gradient", product + 2 * k * branches * dim, gate + scores + features),
+        ("weights_gradient", product, gate + features),
+        ("prepare_patch", 2.0 * values, 3.0 * values),
+    ]
+
+
+def ahead_of_time(args: argparse.Namespace) -> int:
+    """Compile, print and write; the exit status is 1 if anything spills or does not fit."""
+    shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
+    compiled: list[Compiled] = []
+    for each in compile_all():
+        compiled.append(each)
+        if len(compiled) % 10 == 0 and sys.stderr.isatty():
+            print(f"\r{len(compiled)} compiled", end="", file=sys.stderr)
+    names = [each.name for each in ARCHITECTURES]
+    by_label: dict[str, dict[str, Compiled]] = {}
+    for each in compiled:
+        by_label.setdefault(each.label, {})[each.architecture] = each
+    rows = [
+        [label, str(forms[names[0]].warps)]
+        + [
+            f"{form.registers} / {form.shared / 1024:.0f} / {form.occupancy:.0%}"
+            + (f" / SPILLS {form.spilled}" if form.spilled else "")
+            for form in (forms[name] for name in names)
+        ]
+        for label, forms in by_label.items()
+    ]
+    limits = [
+        [each.name, each.device, str(each.registers), f"{each.shared / 1024:.0f}", f"{each.half / 1e12:.0f}",
+         f"{each.bandwidth / 1e9:,.0f}"]
+        for each in ARCHITECTURES
+    ]  # fmt: skip
+    roofs = []
+    for name, flops, moved in theory(shape):
+        least = [each.roofline(flops, moved, half=name != "prepare_patch") for each in ARCHITECTURES]
+        roofs.append(
+            [name, f"{flops / 1e9:.2f}", f"{moved / 1e6:.0f}", f"{flops / moved:.0f}"]
+            + [f"{1e6 * seconds:.0f} ({bound})" for seconds, bound in least]
+        )
+    faulty = [f"{each.label} on {each.architecture}" for each in compiled if not each.fits]
+    text = "\n\n".join([
+        "## Compiled ahead of time",
+        f"Every Triton kernel in every form that it is launched in: {len(by_label)} forms, {len(compiled)} compilations; "
+        + (f"{len(faulty)} do not fit: {'; '.join(faulty)}." if faulty else "no register spills, and all fit."),
+        table(["architecture", "device", "registers a thread", "shared KiB a block", "TFLOP/s, 16 bits", "GB/s"], limits),
+        "Registers a thread / KiB of shared memory a block / occupancy by arithmetic, from these and the threads of a "
+        "block. A matrix product needs little occupancy: its blocks wait for memory that they asked for beforehand.",
+        table(["kernel", "warps", *names], rows),
+        f"Rooflines in bf16, at K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, {shape.branches} branch"
+        f"{'es' * (shape.branches > 1)}, and {shape.tiles} tiles of {shape.tile_px} px: the work of each kernel, and "
+        "the least microseconds it could take by data sheet. Features that a program reads again count once, since "
+        "they come from the L2 cache then; the gate's gradient, though it may stay in that cache, counts as moved.",
+        table(["kernel", "GFLOP", "MB", "FLOP/byte", *[f"{each.name}, µs" for each in ARCHITECTURES]], roofs),
+    ])  # fmt: skip
+    print(text)
+    if not args.no_page:
+        write_section(args.page, "ahead of time", text)
+    if args.out:
+        args.out.write_text(
+            json.dumps([dataclasses.asdict(each) | {"fits": each.fits} for each in compiled], indent=2) + "\n",
+            encoding="utf-8",
+        )
+    return 1 if faulty else 0
+
+
+def main() -> int:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--aot", action="store_true", help="compile ahead of time instead of measuring")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--k", type=int, default=100_000, help="tiles")
+    parser.add_argument("--dim", type=int, default=512, help="D, of the features")
+    parser.add_argument("--width", type=int, default=384, help="L, of the gate")
+    parser.add_argument("--branches", type=int, default=1)
+    parser.add_argument("--tiles", type=int, default=256, help="tiles to prepare")
+    parser.add_argument("--tile-px", type=int, default=224)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
+    parser.add_argument("--no-page", action="store_true", help="write no page")
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.aot:
+        return ahead_of_time(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here; leave it out to measure the processors, or use --aot")
+    torch.set_num_threads(args.threads)
+    if args.cell:
+        shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
+        print(extra_bytes(*args.cell, shape, getattr(torch, args.dtype), torch.device(args.device)))
+        return 0
+    return measure(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

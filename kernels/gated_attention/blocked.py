@@ -1,0 +1,124 @@
+"""Gated attention pooling in PyTorch's operators, a block of tiles at a time, for devices without Triton.
+
+The gate `[K, L]` never exists as a whole: the forward keeps the scores, and the backward computes each block's gate
+again (as FlashAttention does with its scores: Dao et al. 2022, arXiv:2205.14135). Blocks are small enough to stay in a
+CPU's cache, which makes up for the arithmetic.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from slidescale.kernels.gated_attention.reference import GateDropout, Partial, merge_partials, pool_partial
+from slidescale.kernels.keyed_random import keyed_uniform
+
+# Bytes of a block's gate, both halves: what a core's L2 cache holds, and what keeps a GPU busy.
+GATE_BYTES = {"cpu": 2 * 1024**2, "gpu": 64 * 1024**2}
+
+
+class _Blocks:
+    """The gate of a bag, computed a block at a time in the same buffers."""
+
+    def __init__(
+        self, features: Tensor, weights: Tensor, biases: Tensor, dropout: GateDropout | None, dtype: torch.dtype
+    ) -> None:
+        self.features = features
+        self.weights = weights.to(dtype)
+        self.biases = biases.to(dtype)
+        self.width = len(weights) // 2
+        self._dropout = dropout
+        row_bytes = len(weights) * dtype.itemsize
+        gate_bytes = GATE_BYTES["cpu" if features.device.type == "cpu" else "gpu"]
+        self.size = max(1, min(len(features), gate_bytes // row_bytes))
+        self._both = features.new_empty((self.size, len(weights)), dtype=dtype)
+
+    def __iter__(self) -> Iterator[slice]:
+        for begin in range(0, len(self.features), self.size):
+            yield slice(begin, min(begin + self.size, len(self.features)))
+
+    def halves(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """tanh(V h + b_V) and σ(U h + b_U), each `[n, L]`, until the next call."""
+        h = self.features[rows].to(self.weights.dtype)
+        both = torch.addmm(self.biases, h, self.weights.T, out=self._both[: len(h)])
+        return both[:, : self.width].tanh_(), both[:, self.width :].sigmoid_()
+
+    def drop(self, x: Tensor, rows: slice) -> Tensor:
+        """Dropout's mask on `[n, L]`, in place."""
+        if self._dropout is None:
+            return x
+        first = self._dropout.first_tile
+        tiles = torch.arange(first + rows.start, first + rows.stop, device=x.device)
+        kept = keyed_uniform(self._dropout.seed, tiles, self.width) >= self._dropout.p
+        return x.mul_(kept).div_(1 - self._dropout.p)
+
+
+def forward(
+    features: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    w_weight: Tensor,
+    w_bias: Tensor,
+    mask: Tensor | None,
+    dropout: GateDropout | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Partial]:
+    """Scores `[K, B]` and their partial; see `operator.py` for the arguments."""
+    accumulation = torch.promote_types(dtype, torch.float32)
+    blocks = _Blocks(features, weights, biases, dropout, dtype)
+    w, c = w_weight.to(accumulation), w_bias.to(accumulation)
+    scores = features.new_empty((len(features), len(w)), dtype=accumulation)
+    total = pool_partial(scores[:0], features[:0])
+    for rows in blocks:
+        tanh, sigmoid = blocks.halves(rows)
+        gate = blocks.drop(tanh.mul_(sigmoid), rows).to(accumulation)
+        block_scores = torch.addmm(c, gate, w.T, out=scores[rows])
+        if mask is not None:
+            block_scores.masked_fill_(~mask[rows, None], -torch.inf)
+        part = pool_partial(block_scores, features[rows])
+        total = merge_partials(Partial(*map(torch.stack, zip(total, part, strict=True))))
+    return scores, total
+
+
+def backward(
+    grad_scores: Tensor,
+    grad_l: Tensor,
+    grad_acc: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    w_weight: Tensor,
+    scores: Tensor,
+    m: Tensor,
+    dropout: GateDropout | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of features, weights, biases, w_weight and w_bias, the last four in at least fp32."""
+    accumulation = scores.dtype
+    blocks = _Blocks(features, weights, biases, dropout, dtype)
+    w = w_weight.to(accumulation)
+    d_features = torch.empty_like(features)
+    d_weights = torch.zeros_like(weights, dtype=accumulation)
+    d_biases = torch.zeros_like(biases, dtype=accumulation)
+    d_w = torch.zeros_like(w)
+    d_c = w.new_zeros(len(w))
+    both = features.new_empty((blocks.size, len(weights)), dtype=accumulation)
+    for rows in blocks:
+        h = features[rows]
+        tanh, sigmoid = (half.to(accumulation) for half in blocks.halves(rows))
+        # Tiles that do not count have p = 0, and their score is a constant.
+        p = torch.exp(scores[rows] - m.clamp_min(torch.finfo(m.dtype).min))  # [n, B]
+        d_scores = p * (torch.addmm(grad_l, h.to(accumulation), grad_acc.T)) + grad_scores[rows]
+        d_scores.masked_fill_(scores[rows] == -torch.inf, 0)
+        d_c += d_scores.sum(dim=0)
+        d_w.addmm_(d_scores.T, blocks.drop(tanh * sigmoid, rows))
+        d_gate = blocks.drop(d_scores @ w, rows)  # [n, L]
+        d_both = both[: len(h)]
+        d_v, d_u = d_both[:, : blocks.width], d_both[:, blocks.width :]
+        torch.ops.aten.tanh_backward.grad_input(torch.mul(d_gate, sigmoid, out=d_v), tanh, grad_input=d_v)
+        torch.ops.aten.sigmoid_backward.grad_input(torch.mul(d_gate, tanh, out=d_u), sigmoid, grad_input=d_u)
+        d_biases += d_both.sum(dim=0)
+        rounded = d_both.to(dtype)
+        d_weights += rounded.T @ h.to(dtype)
+        d_features[rows] = (p @ grad_acc).add_(rounded @ blocks.weights)
+    return d_features, d_weights, d_biases, d_w, d_c
