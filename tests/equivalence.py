@@ -30,6 +30,7 @@ from slidescale.engine.feed import Feed
 from slidescale.engine.memory import offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
+from slidescale.engine.models import aggregator as aggregators
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
@@ -42,6 +43,7 @@ from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.parallel.zero import ZeroStrategy
 from slidescale.engine.step import TrainStep
+from slidescale.kernels.gated_attention import Attended, Gate, GateDropout, gated_scores, pool_partial
 
 # Slides' tile counts. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1). More than
 # three steps, because several faults are right at the first step and wrong from the second.
@@ -61,11 +63,13 @@ class Case:
             "+tiles" (shards over the tile group).
         policy: "keep", "recompute", "offload" (to disk; from a GPU, to the host), or "auto-N": N chunks' graphs stay.
         aggregator: a pooling, after "split+" or "gathered+" transformer layers or none, with "+slide_norm" or without.
+        branches: of attention, in "gated_attention".
+        kernels: "torch", or "triton", emulated where there is no GPU.
         optimizer: "sgd", or "adamw" with an epsilon large enough that it does not turn rounding into steps where a
             gradient is near zero.
         tile_ranks: T; 0 for all.
         accumulate: A.
-        dropout: of encoder (stochastic depth) and aggregator.
+        dropout: of encoder (stochastic depth) and aggregator, its attention's gate included.
         steepness: factor on the loss.
         unreadable: paths of slides that turn out so when their tiles are wanted, as digits.
     """
@@ -83,6 +87,8 @@ class Case:
     checkpoint_blocks: bool = False
     steepness: float = 1.0
     unreadable: str = ""
+    branches: int = 1
+    kernels: str = "torch"
 
     def __str__(self) -> str:
         return " ".join(str(value) for value in vars(self).values() if value)
@@ -177,10 +183,11 @@ def make_model(case: Case) -> SlideModel:
     """A small model in its training mode."""
     *layers, pooling = case.aggregator.removesuffix("+slide_norm").split("+")
     torch.manual_seed(0)
-    encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout)
+    encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout, kernels=case.kernels)
     encoder.set_checkpointing(case.checkpoint_blocks)
     aggregator = Aggregator(
         encoder.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=case.dropout,
+        attention_branches=case.branches, attention_dropout=case.dropout, kernels=case.kernels,
         slide_norm=case.aggregator.endswith("+slide_norm"), transformer_layers=2 if layers else 0, transformer_heads=2,
         transformer_spread=layers[0] if layers else "split",
     )  # fmt: skip
@@ -197,7 +204,7 @@ def plain_autograd(case: Case, slides_a_step: int) -> dict[str, Tensor]:
     """Parameters after an epoch of plain steps, each slide's tiles in one graph."""
     return _plain_autograd(
         case.aggregator.replace("gathered+", "split+"), case.encoder, case.optimizer, case.dtype, case.dropout,
-        case.steepness, case.unreadable, slides_a_step,
+        case.steepness, case.unreadable, case.branches, slides_a_step,
     )  # fmt: skip
 
 
@@ -210,11 +217,13 @@ def _plain_autograd(
     dropout: float,
     steepness: float,
     unreadable: str,
+    branches: int,
     slides_a_step: int,
 ) -> dict[str, Tensor]:
     case = Case(
-        strategy="single", aggregator=aggregator, encoder=encoder, optimizer=optimizer, dtype=dtype, dropout=dropout
-    )
+        strategy="single", aggregator=aggregator, encoder=encoder, optimizer=optimizer, dtype=dtype, dropout=dropout,
+        branches=branches,
+    )  # fmt: skip
     model = make_model(case)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     stepper = make_optimizer(case, model)
@@ -227,7 +236,7 @@ def _plain_autograd(
             continue
         for row in readable:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
-            with drawing_for(Draw(bag.seed, 0, bag.k)):
+            with drawing_for(Draw(bag.seed, 0, bag.k)), mock.patch.object(aggregators, "gated_attention", by_definition):
                 features = model.encode(all_tiles(row.path).to(device()))
                 logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
             loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label], device=device()))
@@ -238,6 +247,12 @@ def _plain_autograd(
     moved = sum(float((end[name] - start[name]).norm()) for name in start)
     assert moved > 1e-2, "the reference must have learnt something, or equality proves nothing"
     return end
+
+
+def by_definition(features: Tensor, gate: Gate, *, dropout: GateDropout | None, kernels: str) -> Attended:
+    """Gated attention in PyTorch's own operators, in one graph."""
+    scores = gated_scores(features, gate, dropout=dropout)
+    return Attended(scores, pool_partial(scores, features))
 
 
 def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:

@@ -73,6 +73,18 @@ def test_other_aggregators(world: GetWorld, ranks: int) -> None:
     check(world(ranks), [Case(strategy="mean", aggregator=name, dtype="float64", policy="auto-1") for name in names])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton's kernels are compiled: -m gpu")
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_kernels(world: GetWorld, ranks: int) -> None:
+    """Both kinds, for tiles and for attention with several branches, with dropout on its gate."""
+    cases = [
+        Case(strategy=strategy, policy=policy, kernels=kernels, branches=3, dropout=dropout, chunk=3)
+        for strategy, policy, dropout in (("ddp", "auto-1", 0.3), ("zero3", "recompute", 0.0), ("fsdp", "keep", 0.3))
+        for kernels in ("triton", "torch")
+    ]
+    check(world(ranks), cases)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_slide_norm(world: GetWorld, ranks: int) -> None:
     """Over two tiles it divides by their difference, which amplifies rounding some 10,000 times."""
@@ -251,14 +263,17 @@ def test_fsdp_counts_backwards(world: GetWorld) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp+hold"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_gpus_equal_plain_autograd(world: GetWorld, strategy: str, ranks: int, policy: str) -> None:
-    """By NCCL, a GPU a rank; transformer layers in fp32, since no fused attention kernel takes doubles on a GPU."""
+    """By NCCL, a GPU a rank. In fp32, since neither fused attention nor Triton's kernels take doubles on a GPU; gated
+    attention by PyTorch's operators in doubles too.
+    """
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} GPUs are needed, and there are {torch.cuda.device_count()}")
-    dtype = "float32" if strategy.startswith("zero") else "float64"
     cases = [
-        Case(strategy=strategy, policy=policy, dtype=dtype if name == "gated_attention" else "float32", aggregator=name)
-        for name in ("gated_attention", "split+mean", "gathered+mean")
+        Case(strategy=strategy, policy=policy, aggregator=name, kernels="triton", branches=branches)
+        for name, branches in (("gated_attention", 1), ("gated_attention", 3), ("split+mean", 1), ("gathered+mean", 1))
     ]
+    if not strategy.startswith("zero"):
+        cases.append(Case(strategy=strategy, policy=policy, aggregator="gated_attention", dtype="float64"))
     check(world(ranks, "cuda"), cases)
 
 

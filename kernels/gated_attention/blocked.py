@@ -13,8 +13,9 @@ from torch import Tensor
 from slidescale.kernels.gated_attention.reference import GateDropout, Partial, merge_partials, pool_partial
 from slidescale.kernels.keyed_random import keyed_uniform
 
-# Bytes of a block's gate, both halves: what a core's L2 cache holds, and what keeps a GPU busy.
-GATE_BYTES = {"cpu": 2 * 1024**2, "gpu": 64 * 1024**2}
+# Bytes of a block's gate, both halves: what a CPU's caches hold, with products large enough to be efficient, and what
+# keeps a GPU busy.
+GATE_BYTES = {"cpu": 8 * 1024**2, "gpu": 64 * 1024**2}
 
 
 class _Blocks:
@@ -25,9 +26,14 @@ class _Blocks:
     ) -> None:
         self.features = features
         self.weights = weights.to(dtype)
-        self.biases = biases.to(dtype)
         self.width = len(weights) // 2
+        # tanh(x) = 2 σ(2 x) − 1: a CPU's sigmoid is several times faster than its tanh.
+        doubled = torch.ones_like(biases, dtype=dtype)
+        doubled[: self.width] = 2
+        self._scaled_weights = self.weights * doubled[:, None]
+        self._scaled_biases = biases.to(dtype) * doubled
         self._dropout = dropout
+        self.dtype = torch.promote_types(dtype, torch.float32)
         row_bytes = len(weights) * dtype.itemsize
         gate_bytes = GATE_BYTES["cpu" if features.device.type == "cpu" else "gpu"]
         self.size = max(1, min(len(features), gate_bytes // row_bytes))
@@ -38,10 +44,11 @@ class _Blocks:
             yield slice(begin, min(begin + self.size, len(self.features)))
 
     def halves(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """tanh(V h + b_V) and σ(U h + b_U), each `[n, L]`, until the next call."""
+        """tanh(V h + b_V) and σ(U h + b_U), each `[n, L]` in at least fp32, until the next call."""
         h = self.features[rows].to(self.weights.dtype)
-        both = torch.addmm(self.biases, h, self.weights.T, out=self._both[: len(h)])
-        return both[:, : self.width].tanh_(), both[:, self.width :].sigmoid_()
+        both = torch.addmm(self._scaled_biases, h, self._scaled_weights.T, out=self._both[: len(h)])
+        both = both.to(self.dtype).sigmoid_()
+        return both[:, : self.width].mul_(2).sub_(1), both[:, self.width :]
 
     def drop(self, x: Tensor, rows: slice) -> Tensor:
         """Dropout's mask on `[n, L]`, in place."""
@@ -64,15 +71,13 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Partial]:
     """Scores `[K, B]` and their partial; see `operator.py` for the arguments."""
-    accumulation = torch.promote_types(dtype, torch.float32)
     blocks = _Blocks(features, weights, biases, dropout, dtype)
-    w, c = w_weight.to(accumulation), w_bias.to(accumulation)
-    scores = features.new_empty((len(features), len(w)), dtype=accumulation)
+    w, c = w_weight.to(blocks.dtype), w_bias.to(blocks.dtype)
+    scores = features.new_empty((len(features), len(w)), dtype=blocks.dtype)
     total = pool_partial(scores[:0], features[:0])
     for rows in blocks:
         tanh, sigmoid = blocks.halves(rows)
-        gate = blocks.drop(tanh.mul_(sigmoid), rows).to(accumulation)
-        block_scores = torch.addmm(c, gate, w.T, out=scores[rows])
+        block_scores = torch.addmm(c, blocks.drop(tanh.mul_(sigmoid), rows), w.T, out=scores[rows])
         if mask is not None:
             block_scores.masked_fill_(~mask[rows, None], -torch.inf)
         part = pool_partial(block_scores, features[rows])
@@ -105,7 +110,7 @@ def backward(
     both = features.new_empty((blocks.size, len(weights)), dtype=accumulation)
     for rows in blocks:
         h = features[rows]
-        tanh, sigmoid = (half.to(accumulation) for half in blocks.halves(rows))
+        tanh, sigmoid = blocks.halves(rows)
         # Tiles that do not count have p = 0, and their score is a constant.
         p = torch.exp(scores[rows] - m.clamp_min(torch.finfo(m.dtype).min))  # [n, B]
         d_scores = p * (torch.addmm(grad_l, h.to(accumulation), grad_acc.T)) + grad_scores[rows]
@@ -119,6 +124,10 @@ def backward(
         torch.ops.aten.sigmoid_backward.grad_input(torch.mul(d_gate, tanh, out=d_u), sigmoid, grad_input=d_u)
         d_biases += d_both.sum(dim=0)
         rounded = d_both.to(dtype)
-        d_weights += rounded.T @ h.to(dtype)
-        d_features[rows] = (p @ grad_acc).add_(rounded @ blocks.weights)
+        if dtype == features.dtype == accumulation:
+            d_weights.addmm_(rounded.T, h)
+            torch.mm(p, grad_acc, out=d_features[rows]).addmm_(rounded, blocks.weights)
+        else:
+            d_weights += rounded.T @ h.to(dtype)
+            d_features[rows] = (p @ grad_acc).add_(rounded @ blocks.weights)
     return d_features, d_weights, d_biases, d_w, d_c

@@ -136,10 +136,8 @@ def _forward(
             raise ValueError("the triton kernels take float32, float16 and bfloat16, not float64: use 'torch'")
     implementation, _ = _implementations(kernels)
     dropout = GateDropout(p, seed, first_tile) if p else None
-    with torch.autocast(features.device.type, enabled=False):
-        scores, partial = implementation.forward(
-            features, weights, biases, w_weight, w_bias, mask, dropout, dtype
-        )
+    with torch.cuda.device_of(features), torch.autocast(features.device.type, enabled=False):
+        scores, partial = implementation.forward(features, weights, biases, w_weight, w_bias, mask, dropout, dtype)
     return scores, *partial
 
 
@@ -179,7 +177,7 @@ def _backward(
     """
     _, implementation = _implementations(kernels)
     dropout = GateDropout(p, seed, first_tile) if p else None
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.cuda.device_of(features), torch.autocast(features.device.type, enabled=False):
         d_features, d_weights, d_biases, d_w, d_c = implementation.backward(
             grad_scores, grad_l, grad_acc, features, weights, biases, w_weight, scores, m, dropout, dtype
         )

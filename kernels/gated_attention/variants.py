@@ -47,7 +47,7 @@ def variants() -> Iterator[Variant]:
         yield _variant(weights_gradient, features, dtype, products)
     for features in POINTERS:
         for branches in (1, MANY_BRANCHES):
-            yield _variant(score_gradient, features, torch.float32, score_blocks(), BRANCHES=branches)
+            yield _variant(score_gradient, features, features, score_blocks(), BRANCHES=branches)
 
 
 def _variant(kernel: Any, features: torch.dtype, dtype: torch.dtype, blocks: Blocks, **constants: Any) -> Variant:
@@ -61,12 +61,12 @@ def _variant(kernel: Any, features: torch.dtype, dtype: torch.dtype, blocks: Blo
             is_scalar = name in SCALARS
             signature[name] = SCALARS[name] if is_scalar else POINTERS[pointers.get(name, torch.float32)]
     if "mask" in signature:
-        signature["mask"] = "*i1"
+        signature["mask"] = "*u1"
     aligned = {name for name, word in signature.items() if word.startswith("*") and name not in UNALIGNED} | {"dim", "gate_dim"}
     words = [kernel.__name__, str(features).removeprefix("torch.")]
-    words += [f"in {dtype}".replace("torch.", "")] if dtype != features and "d_scores" not in pointers else []
+    words += [f"in {dtype}".replace("torch.", "")] if dtype != features else []
     words += ["dropout"] if constants.get("DROPOUT") else []
-    words += [f"{constants['BRANCHES']} branches"] if constants.get("BRANCHES", 1) > 1 else []
+    words += [f"up to {constants['BRANCHES']} branches"] if constants.get("BRANCHES", 1) > 1 else []
     return Variant(
         kernel, signature, constexprs, frozenset(aligned & set(signature)), blocks.warps, blocks.stages, " ".join(words)
     )
