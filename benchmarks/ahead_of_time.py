@@ -1,17 +1,30 @@
-"""Compile Triton kernels for GPUs that need not be there, and read off what each takes of one."""
+"""Compile Triton kernels for GPUs that need not be there, and tell what each takes of one."""
 
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from page import table
+from tqdm import tqdm
 
 KIB = 1024
+
+
+class Shape(NamedTuple):
+    """Of the attention: tiles, width of features and gate, branches. And of the tiles: how many, of how many pixels."""
+
+    k: int
+    dim: int
+    width: int
+    branches: int
+    tiles: int
+    tile_px: int
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,8 @@ ARCHITECTURES = [
     Architecture("sm_80", "A100", "cuda", 80, 32, 163 * KIB, 164 * KIB, 255, 65536, 256, 64, 312e12, 19.5e12, 2039e9),
     Architecture("sm_90", "H100", "cuda", 90, 32, 227 * KIB, 228 * KIB, 255, 65536, 256, 64, 989e12, 67e12, 3350e9),
     Architecture("sm_100", "B200", "cuda", 100, 32, 227 * KIB, 228 * KIB, 255, 65536, 256, 64, 2250e12, 75e12, 8000e9),
-    Architecture("gfx90a", "MI250X", "hip", "gfx90a", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 191.5e12, 47.9e12, 1638e9),
-    Architecture("gfx942", "MI300X", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 1307e12, 163.4e12, 5300e9),
+    Architecture("gfx90a", "MI250X", "hip", "gfx90a", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 192e12, 48e12, 1638e9),
+    Architecture("gfx942", "MI300X", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 1307e12, 163e12, 5300e9),
 ]  # fmt: skip
 
 
@@ -119,13 +132,12 @@ def all_variants() -> list[Any]:
     return [*gated_attention(), *tile_prep()]
 
 
-def compile_all() -> Iterator[Compiled]:
+def compile_all() -> list[Compiled]:
     """Compile all variants for all architectures, by as many processes as there are processors."""
     os.environ.pop("TRITON_INTERPRET", None)  # which would make kernels of another kind, that cannot be compiled
     jobs = len(all_variants())
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        for compiled in pool.map(_compile, range(jobs), chunksize=1):
-            yield from compiled
+        return [each for compiled in tqdm(pool.map(_compile, range(jobs)), total=jobs) for each in compiled]
 
 
 def _compile(index: int) -> list[Compiled]:
@@ -172,3 +184,63 @@ def _resource_usage(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def theory(shape: Shape) -> list[tuple[str, float, float]]:
+    """Of each kernel in bf16: its FLOPs, and the bytes it moves if features are read from memory once."""
+    k, dim, width, branches = shape.k, shape.dim, shape.width, shape.branches
+    product, features, gate, scores = 2.0 * k * 2 * width * dim, 2.0 * k * dim, 2.0 * k * 2 * width, 4.0 * k * branches
+    values = shape.tiles * shape.tile_px**2 * 3
+    return [
+        ("pool_block", product + 2 * k * branches * (width + dim), features + scores),
+        ("score_gradient", 2.0 * k * branches * dim, features + 3 * scores),
+        ("gate_gradient", product + 4 * k * branches * width, features + scores + gate),
+        ("features_gradient", product + 2 * k * branches * dim, gate + scores + features),
+        ("weights_gradient", product, gate + features),
+        ("prepare_patch", 2.0 * values, 3.0 * values),
+    ]
+
+
+def describe(compiled: list[Compiled], shape: Shape) -> str:
+    """The tables, and in a sentence what they come to."""
+    names = [each.name for each in ARCHITECTURES]
+    by_label: dict[str, dict[str, Compiled]] = {}
+    for each in compiled:
+        by_label.setdefault(each.label, {})[each.architecture] = each
+    faulty = [f"{each.label} on {each.architecture}" for each in compiled if not each.fits]
+    verdict = f"{len(faulty)} do not fit: {'; '.join(faulty)}" if faulty else "no register spills, and all fit"
+    limits = [
+        [each.name, each.device, f"{each.registers}", f"{each.shared / KIB:.0f}", f"{each.half / 1e12:.0f}",
+         f"{each.bandwidth / 1e9:,.0f}"]
+        for each in ARCHITECTURES
+    ]  # fmt: skip
+    taken = [
+        [label, str(forms[names[0]].warps), *[_cell(forms[name]) for name in names]]
+        for label, forms in by_label.items()
+    ]
+    roofs = []
+    for name, flops, moved in theory(shape):
+        least = [each.roofline(flops, moved, half=name != "prepare_patch") for each in ARCHITECTURES]
+        roofs.append(
+            [name, f"{flops / 1e9:.2f}", f"{moved / 1e6:.0f}", f"{flops / moved:.0f}"]
+            + [f"{1e6 * seconds:.0f} ({bound})" for seconds, bound in least]
+        )
+    return "\n\n".join([
+        "## Compiled ahead of time",
+        f"Every Triton kernel in every form that it is launched in: {len(by_label)} forms, {len(compiled)} "
+        f"compilations; {verdict}.",
+        table(["architecture", "device", "registers", "shared KiB", "TFLOP/s, 16 bits", "GB/s"], limits),
+        "Registers of a thread / KiB of shared memory of a block / occupancy by arithmetic, from these and the block's "
+        "threads. A matrix product needs little occupancy: its blocks wait for memory that they asked for beforehand.",
+        table(["kernel", "warps", *names], taken),
+        f"Rooflines in bf16, at K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, {shape.branches} branch"
+        f"{'es' * (shape.branches > 1)}, and {shape.tiles} tiles of {shape.tile_px} px: the work of each kernel, and "
+        "the least microseconds that it could take by data sheet. Features that a program reads again count once, "
+        "since they come from the L2 cache then; the gate's gradient counts as moved, though it may stay in there.",
+        table(["kernel", "GFLOP", "MB", "FLOP/byte", *[f"{name}, µs" for name in names]], roofs),
+    ])  # fmt: skip
+
+
+def _cell(form: Compiled) -> str:
+    spills = f" / SPILLS {form.spilled}" if form.spilled else ""
+    return f"{form.registers} / {form.shared / KIB:.0f} / {form.occupancy:.0%}{spills}"

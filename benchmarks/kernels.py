@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from ahead_of_time import ARCHITECTURES, Compiled, compile_all
+from ahead_of_time import Shape, compile_all, describe
+from page import table, write_section
 from torch import Tensor
 
 from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
@@ -36,17 +37,6 @@ HEAD = """# Kernels
 
 Written by `python benchmarks/kernels.py`, with `--aot` and `--device cuda`; not by hand.
 """
-
-
-class Shape(NamedTuple):
-    """Of the attention: tiles, width of features and gate, branches. And of the tiles: how many, of how many pixels."""
-
-    k: int
-    dim: int
-    width: int
-    branches: int
-    tiles: int
-    tile_px: int
 
 
 # ---- what is compared
@@ -78,9 +68,7 @@ def attention_inputs(shape: Shape, k: int, dtype: torch.dtype, device: torch.dev
 def attend(how: str, features: Tensor, gate: Gate, dtype: torch.dtype) -> list[Tensor]:
     """Pool and go back: the pooled features and all gradients."""
     with torch.autocast(features.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-        attended = (
-            plain_attention(features, gate) if how == "PyTorch" else gated_attention(features, gate, kernels=how)
-        )
+        attended = plain_attention(features, gate) if how == "PyTorch" else gated_attention(features, gate, kernels=how)
     pooled = attended.pooled
     return [pooled.detach(), *torch.autograd.grad(pooled, (features, *gate), torch.ones_like(pooled))]
 
@@ -101,16 +89,21 @@ def synchronise(device: torch.device) -> None:
 
 
 def measure_seconds(ways: dict[str, Callable[[], Any]], device: torch.device, turns: int) -> dict[str, list[float]]:
-    """Seconds of each, by turns, so that all meet the same neighbours; the first turn warms up."""
+    """Seconds of each, by turns, so that all meet the same neighbours; the first turn warms up.
+
+    A GPU is given several at a time, so that it need not wait for the host to launch each.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    repeats = 10 if device.type == "cuda" else 1
     for turn in range(turns + 1):
         for name, way in ways.items():
             synchronise(device)
             begin = time.perf_counter()
-            way()
+            for _ in range(repeats):
+                way()
             synchronise(device)
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin) / repeats)
     return seconds
 
 
@@ -191,36 +184,17 @@ def is_red(errors: dict[str, float], dtype: torch.dtype) -> bool:
     return any(not error <= most for error in errors.values())
 
 
-def work_of(what: str, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs, and bytes that must cross the memory: inputs read in each pass over them, results written."""
+def work_of(what: str, how: str, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOPs, and bytes that must cross the memory: the inputs in each pass over them, and the results."""
     if what == "tiles":
         values = shape.tiles * shape.tile_px**2 * 3
         return 2 * values, values * (1 + dtype.itemsize)
-    gate, features = shape.k * shape.width * shape.dim, shape.k * shape.dim * dtype.itemsize
-    # Forward: the gate. Backward: the gate again, ∂L/∂h, ∂L/∂V and ∂L/∂U. PyTorch does without the second.
-    return 2 * 2 * gate * 4, 4 * features
+    product, features = 2 * shape.k * 2 * shape.width * shape.dim, shape.k * shape.dim * dtype.itemsize
+    # Forward: the gate. Backward: ∂L/∂h, ∂L/∂V and ∂L/∂U, and the gate again, which PyTorch has kept.
+    return (3 if how == "PyTorch" else 4) * product, 4 * features
 
 
 # ---- what is told
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
-def write_section(page: Path, name: str, text: str) -> None:
-    """Replace one section of the page, or add it."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    content = page.read_text(encoding="utf-8") if page.exists() else HEAD
-    if begin not in content:
-        content += f"\n{begin}{end}"
-    before, rest = content.split(begin)
-    page.write_text(f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def machine(device: torch.device, threads: int) -> str:
@@ -233,137 +207,98 @@ def machine(device: torch.device, threads: int) -> str:
 
 def measure(args: argparse.Namespace) -> int:
     """Compare, measure, print and write; the exit status."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
-    hows = ["PyTorch", "torch"] + ["triton"] * (device.type == "cuda")
+    device, dtype, shape = torch.device(args.device), getattr(torch, args.dtype), shape_of(args)
+    hows = ["PyTorch", "torch", *["triton"] * (device.type == "cuda")]
     errors = check(hows, shape, dtype, device)
     if red := [what for what, each in errors.items() if is_red(each, dtype)]:
         print(f"WRONG RESULTS, no speed is told: {', '.join(red)}: {errors}", file=sys.stderr)
         return 1
-    bandwidth, flops = measure_ceilings(device, dtype, args.turns)
-    where = f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns."
-    ceilings = f"Measured ceilings: {bandwidth / 1e9:.0f} GB/s (copy), {flops / 1e12:.2f} TFLOP/s (matrix product)."
-    sections, results = [where, ceilings], []
+    ceilings = measure_ceilings(device, dtype, args.turns)
     titles = {
         "attention": f"Gated attention, forward and backward: K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, "
         f"{shape.branches} branch{'es' * (shape.branches > 1)}",
         "tiles": f"Tile preparation: {shape.tiles} tiles of {shape.tile_px} px",
     }
-    for what, title in titles.items():
-        work_flops, work_bytes = work_of(what, shape, dtype)
-        memory = {how: measure_memory(what, how, args) for how in hows}
-        ways = {how: make_work(what, how, shape, dtype, device) for how in hows}
-        seconds = measure_seconds(ways, device, args.turns)
-        best = {how: min(times) for how, times in seconds.items()}
-        rows = []
-        for how in hows:
-            done_flops = work_flops * (0.75 if (what, how) == ("attention", "PyTorch") else 1)
-            rows.append([
-                how, f"{1e3 * best[how]:.1f}", f"{best[how] / best['PyTorch']:.2f}",
-                f"{1e3 * statistics.median(seconds[how]):.1f}", f"{memory[how] / MIB:.0f}",
-                f"{memory[how] / max(1, memory['PyTorch']):.2f}", f"{errors[what][how]:.1e}",
-                f"{work_bytes / best[how] / 1e9:.1f} ({work_bytes / best[how] / bandwidth:.0%})",
-                f"{done_flops / best[how] / 1e12:.3f} ({done_flops / best[how] / flops:.0%})",
-            ])  # fmt: skip
-            results.append({
-                "what": what, "kernels": how, "seconds": best[how], "time_ratio": best[how] / best["PyTorch"],
-                "extra_mib": memory[how] / MIB, "memory_ratio": memory[how] / max(1, memory["PyTorch"]),
-                "error": errors[what][how],
-            })  # fmt: skip
-        header = [
-            "kernels", "ms", "of PyTorch's", "median ms", "extra MiB", "of PyTorch's", "error", "GB/s (of ceiling)",
-            "TFLOP/s (of ceiling)",
-        ]  # fmt: skip
-        sections += [f"**{title}**", table(header, rows)]
-    text = "\n\n".join(sections)
-    print(text)
+    results = [
+        {**each, "error": errors[what][each["kernels"]]}
+        for what in titles
+        for each in measure_one(what, hows, shape, dtype, device, args)
+    ]
     kind = "a GPU" if device.type == "cuda" else "a CPU"
-    note = (
-        "\"PyTorch\" is the definition in PyTorch's own operators. Extra memory is the peak beyond the inputs, each in a "
-        "process of its own; gradients are a part of it. Bytes are those that must cross the memory."
-    )
-    if not args.no_page:
-        write_section(args.page, f"on {kind}", f"## Measured on {kind}\n\n{note}\n\n{text}")
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    text = "\n\n".join([
+        f"## Measured on {kind}",
+        "PyTorch is the definition in its own operators. Extra memory is the peak beyond the inputs, gradients "
+        "included, each in a process of its own. Bytes are those that must cross the memory.",
+        f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns. Measured ceilings: "
+        f"{ceilings[0] / 1e9:.0f} GB/s (copy), {ceilings[1] / 1e12:.2f} TFLOP/s (matrix product).",
+        *(
+            part
+            for what, title in titles.items()
+            for part in (f"**{title}**", tell([each for each in results if each["what"] == what], ceilings))
+        ),
+    ])  # fmt: skip
+    print(text)
+    write(args, f"on {kind}", text, results)
     return 0
 
 
-# ---- ahead of time
+def measure_one(
+    what: str, hows: list[str], shape: Shape, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Memory and time of one computation, each way."""
+    memory = {how: measure_memory(what, how, args) for how in hows}
+    ways = {how: make_work(what, how, shape, dtype, device) for how in hows}
+    seconds = measure_seconds(ways, device, args.turns)
+    results = []
+    for how in hows:
+        flops, moved = work_of(what, how, shape, dtype)
+        best = min(seconds[how])
+        results.append({
+            "what": what, "kernels": how, "seconds": best, "median_seconds": statistics.median(seconds[how]),
+            "time_ratio": best / min(seconds["PyTorch"]), "extra_mib": memory[how] / MIB,
+            "memory_ratio": memory[how] / memory["PyTorch"], "bytes_per_s": moved / best, "flops_per_s": flops / best,
+        })  # fmt: skip
+    return results
 
 
-def theory(shape: Shape) -> list[tuple[str, float, float]]:
-    """Of each kernel in bf16: its FLOPs, and the bytes it moves if features are read from memory once."""
-    k, dim, width, branches = shape.k, shape.dim, shape.width, shape.branches
-    product, features, gate, scores = 2.0 * k * 2 * width * dim, 2.0 * k * dim, 2.0 * k * 2 * width, 4.0 * k * branches
-    values = shape.tiles * shape.tile_px**2 * 3
-    return [
-        ("pool_block", product + 2 * k * branches * (width + dim), features + scores),
-        ("score_gradient", 2.0 * k * branches * dim, features + 3 * scores),
-        ("gate_gradient", product + 4 * k * branches * width, features + scores + gate),
-        ("features_gradient", product + 2 * k * branches * dim, gate + scores + features),
-        ("weights_gradient", product, gate + features),
-        ("prepare_patch", 2.0 * values, 3.0 * values),
-    ]
-
-
-def ahead_of_time(args: argparse.Namespace) -> int:
-    """Compile, print and write; the exit status is 1 if anything spills or does not fit."""
-    shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
-    compiled: list[Compiled] = []
-    for each in compile_all():
-        compiled.append(each)
-        if len(compiled) % 10 == 0 and sys.stderr.isatty():
-            print(f"\r{len(compiled)} compiled", end="", file=sys.stderr)
-    names = [each.name for each in ARCHITECTURES]
-    by_label: dict[str, dict[str, Compiled]] = {}
-    for each in compiled:
-        by_label.setdefault(each.label, {})[each.architecture] = each
-    rows = [
-        [label, str(forms[names[0]].warps)]
-        + [
-            f"{form.registers} / {form.shared / 1024:.0f} / {form.occupancy:.0%}"
-            + (f" / SPILLS {form.spilled}" if form.spilled else "")
-            for form in (forms[name] for name in names)
-        ]
-        for label, forms in by_label.items()
-    ]
-    limits = [
-        [each.name, each.device, str(each.registers), f"{each.shared / 1024:.0f}", f"{each.half / 1e12:.0f}",
-         f"{each.bandwidth / 1e9:,.0f}"]
-        for each in ARCHITECTURES
+def tell(results: list[dict[str, Any]], ceilings: tuple[float, float]) -> str:
+    """The table of one computation."""
+    header = [
+        "kernels", "ms", "of PyTorch's", "median ms", "extra MiB", "of PyTorch's", "error", "GB/s (of ceiling)",
+        "TFLOP/s (of ceiling)",
     ]  # fmt: skip
-    roofs = []
-    for name, flops, moved in theory(shape):
-        least = [each.roofline(flops, moved, half=name != "prepare_patch") for each in ARCHITECTURES]
-        roofs.append(
-            [name, f"{flops / 1e9:.2f}", f"{moved / 1e6:.0f}", f"{flops / moved:.0f}"]
-            + [f"{1e6 * seconds:.0f} ({bound})" for seconds, bound in least]
-        )
-    faulty = [f"{each.label} on {each.architecture}" for each in compiled if not each.fits]
-    text = "\n\n".join([
-        "## Compiled ahead of time",
-        f"Every Triton kernel in every form that it is launched in: {len(by_label)} forms, {len(compiled)} compilations; "
-        + (f"{len(faulty)} do not fit: {'; '.join(faulty)}." if faulty else "no register spills, and all fit."),
-        table(["architecture", "device", "registers a thread", "shared KiB a block", "TFLOP/s, 16 bits", "GB/s"], limits),
-        "Registers a thread / KiB of shared memory a block / occupancy by arithmetic, from these and the threads of a "
-        "block. A matrix product needs little occupancy: its blocks wait for memory that they asked for beforehand.",
-        table(["kernel", "warps", *names], rows),
-        f"Rooflines in bf16, at K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, {shape.branches} branch"
-        f"{'es' * (shape.branches > 1)}, and {shape.tiles} tiles of {shape.tile_px} px: the work of each kernel, and "
-        "the least microseconds it could take by data sheet. Features that a program reads again count once, since "
-        "they come from the L2 cache then; the gate's gradient, though it may stay in that cache, counts as moved.",
-        table(["kernel", "GFLOP", "MB", "FLOP/byte", *[f"{each.name}, µs" for each in ARCHITECTURES]], roofs),
+    bandwidth, flops = ceilings
+    return table(header, [
+        [
+            each["kernels"], f"{1e3 * each['seconds']:.1f}", f"{each['time_ratio']:.2f}",
+            f"{1e3 * each['median_seconds']:.1f}", f"{each['extra_mib']:.0f}", f"{each['memory_ratio']:.2f}",
+            f"{each['error']:.1e}", f"{each['bytes_per_s'] / 1e9:.1f} ({each['bytes_per_s'] / bandwidth:.0%})",
+            f"{each['flops_per_s'] / 1e12:.3f} ({each['flops_per_s'] / flops:.0%})",
+        ]
+        for each in results
     ])  # fmt: skip
+
+
+def compile_ahead(args: argparse.Namespace) -> int:
+    """Compile, print and write; the exit status is 1 if anything spills or does not fit."""
+    compiled = compile_all()
+    text = describe(compiled, shape_of(args))
     print(text)
+    write(args, "ahead of time", text, [dataclasses.asdict(each) | {"fits": each.fits} for each in compiled])
+    return 0 if all(each.fits for each in compiled) else 1
+
+
+def write(args: argparse.Namespace, section: str, text: str, results: list[dict[str, Any]]) -> None:
+    """Write a section of the page, and JSON, where they are wanted."""
     if not args.no_page:
-        write_section(args.page, "ahead of time", text)
+        write_section(args.page, HEAD, section, text)
     if args.out:
-        args.out.write_text(
-            json.dumps([dataclasses.asdict(each) | {"fits": each.fits} for each in compiled], indent=2) + "\n",
-            encoding="utf-8",
-        )
-    return 1 if faulty else 0
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The sizes that the command line names."""
+    return Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
 
 
 def main() -> int:
@@ -371,7 +306,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aot", action="store_true", help="compile ahead of time instead of measuring")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on a GPU bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32; on a GPU, bfloat16"
+    )
     parser.add_argument("--k", type=int, default=100_000, help="tiles")
     parser.add_argument("--dim", type=int, default=512, help="D, of the features")
     parser.add_argument("--width", type=int, default=384, help="L, of the gate")
@@ -387,13 +324,12 @@ def main() -> int:
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.aot:
-        return ahead_of_time(args)
+        return compile_ahead(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here; leave it out to measure the processors, or use --aot")
     torch.set_num_threads(args.threads)
     if args.cell:
-        shape = Shape(args.k, args.dim, args.width, args.branches, args.tiles, args.tile_px)
-        print(extra_bytes(*args.cell, shape, getattr(torch, args.dtype), torch.device(args.device)))
+        print(extra_bytes(*args.cell, shape_of(args), getattr(torch, args.dtype), torch.device(args.device)))
         return 0
     return measure(args)
 

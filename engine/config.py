@@ -129,7 +129,9 @@ class ModelConfig:
             rule = "is for --model.pooling gated_attention"
             _require(self.attention_branches == 1, "model.attention_branches", self.attention_branches, rule)
             _require(self.attention_dropout == 0, "model.attention_dropout", self.attention_dropout, rule)
-        _require(self.attention_branches >= 1, "model.attention_branches", self.attention_branches, "must be at least 1")
+        _require(
+            self.attention_branches >= 1, "model.attention_branches", self.attention_branches, "must be at least 1"
+        )
         _require(
             0 <= self.attention_dropout < 1,
             "model.attention_dropout", self.attention_dropout, "must be a probability from 0, below 1",

@@ -236,7 +236,10 @@ def _plain_autograd(
             continue
         for row in readable:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
-            with drawing_for(Draw(bag.seed, 0, bag.k)), mock.patch.object(aggregators, "gated_attention", by_definition):
+            with (
+                drawing_for(Draw(bag.seed, 0, bag.k)),
+                mock.patch.object(aggregators, "gated_attention", by_definition),
+            ):
                 features = model.encode(all_tiles(row.path).to(device()))
                 logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
             loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label], device=device()))

@@ -1,10 +1,10 @@
 """Gated attention pooling: both implementations against its definition in fp64, forward and backward.
 
-Without a GPU, Triton emulates its kernels on the CPU: right in fp32 and fp16, and wrong in bf16, which is tested on GPUs.
+Without a GPU, Triton emulates its kernels on the CPU: right in fp32 and fp16, wrong in bf16, which GPUs are to test.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -127,7 +127,7 @@ def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the Triton kernels, as they are launched."""
     from slidescale.kernels.gated_attention import backward, forward
 
@@ -147,7 +147,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     ):
         for name in names:
             monkeypatch.setattr(module, name, Spy(getattr(module, name), name))
-    yield launched
+    return launched
 
 
 @pytest.mark.parametrize("branches", [1, 3])
@@ -463,5 +463,3 @@ def test_gpu_reaches_beyond_32_bits() -> None:
     (alone.partial.acc * scale).sum().backward()
     assert features.grad is not None and last.grad is not None
     torch.testing.assert_close(features.grad[-1_000:], last.grad, rtol=2e-2, atol=1e-3)
-
-

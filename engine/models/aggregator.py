@@ -18,7 +18,7 @@ class Pooled(NamedTuple):
     """What a pooling returns.
 
     Attributes:
-        features: of the whole slide, equal on every rank of the tile group: `[D]`, or `[B · D]` of B attention branches.
+        features: of the whole slide, equal on every rank of the tile group: `[D]`, or of B branches `[B · D]`.
         weights: `[K_local]`, the share of each of this rank's tiles in it, detached; they sum to 1 over the group.
     """
 

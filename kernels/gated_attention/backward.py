@@ -65,7 +65,9 @@ def score_gradient(
     tl.store(d_scores + at, tl.where(counts, d, 0.0), inside)
 
 
-@triton.jit(do_not_specialize=["first", "end", "branches", "seed", "first_tile"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(
+    do_not_specialize=["first", "end", "branches", "seed", "first_tile"], do_not_specialize_on_alignment=UNALIGNED
+)
 def gate_gradient(
     features, weights, biases, w_weight, d_scores, d_gate, part_biases, part_w,
     first: tl.int64, end: tl.int64, dim: tl.int32, gate_dim: tl.int32, branches: tl.int32,

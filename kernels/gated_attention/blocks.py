@@ -72,11 +72,13 @@ def next_multiple(n: int, of: int) -> int:
 
 
 def pad(x: Tensor, dims: int = 1) -> Tensor:
-    """`x` with zeros behind its last `dims` dimensions, up to sizes that are aligned; a copy only where it is not yet."""
+    """`x` with zeros behind its last `dims` dimensions, up to aligned sizes; a copy only where it is not aligned."""
     sizes = x.shape[-dims:]
     if all(size % ALIGNMENT == 0 for size in sizes) and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
         return x
-    return torch.nn.functional.pad(x, [n for size in reversed(sizes) for n in (0, next_multiple(size, ALIGNMENT) - size)])
+    return torch.nn.functional.pad(
+        x, [n for size in reversed(sizes) for n in (0, next_multiple(size, ALIGNMENT) - size)]
+    )
 
 
 def pad_halves(both: Tensor, dims: int) -> Tensor:

@@ -43,8 +43,8 @@ def gated_attention(
 ) -> Attended:
     """Pool tiles by gated attention: `gated_scores` and `pool_partial` of `reference.py` in one, without a `[K, L]`.
 
-    The gate's matrix products run in autocast's dtype where autocast is on, else in the widest of the features' and
-    the weights'; all sums are in fp32 (fp64 for doubles). Equal inputs give equal bits.
+    The gate's matrix products run in autocast's dtype where autocast is on (which leaves doubles alone), else in the
+    wider of the features' and the weights'; all sums are in fp32, or fp64 for doubles. Equal inputs give equal bits.
 
     Args:
         features: `[K, D]`, K ≥ 0.
@@ -58,10 +58,9 @@ def gated_attention(
     """
     _check(features, gate, mask)
     device = features.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = torch.promote_types(features.dtype, gate.v_weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(features.dtype, gate.v_weight.dtype)
     p, seed, first_tile = dropout or (0.0, 0, 0)
     scores, m, l, acc = torch.ops.slidescale.gated_attention(
         features.contiguous(),

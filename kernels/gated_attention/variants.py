@@ -62,7 +62,10 @@ def _variant(kernel: Any, features: torch.dtype, dtype: torch.dtype, blocks: Blo
             signature[name] = SCALARS[name] if is_scalar else POINTERS[pointers.get(name, torch.float32)]
     if "mask" in signature:
         signature["mask"] = "*u1"
-    aligned = {name for name, word in signature.items() if word.startswith("*") and name not in UNALIGNED} | {"dim", "gate_dim"}
+    aligned = {name for name, word in signature.items() if word.startswith("*") and name not in UNALIGNED} | {
+        "dim",
+        "gate_dim",
+    }
     words = [kernel.__name__, str(features).removeprefix("torch.")]
     words += [f"in {dtype}".replace("torch.", "")] if dtype != features else []
     words += ["dropout"] if constants.get("DROPOUT") else []

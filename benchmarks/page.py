@@ -1,0 +1,22 @@
+"""Pages of results: Markdown in which each command replaces its own section."""
+
+from pathlib import Path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned for terminals."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def write_section(page: Path, head: str, name: str, text: str) -> None:
+    """Replace one section of a page, or add it; a new page begins with `head`."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    content = page.read_text(encoding="utf-8") if page.exists() else head
+    if begin not in content:
+        content += f"\n{begin}{end}"
+    before, rest = content.split(begin)
+    page.write_text(f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")

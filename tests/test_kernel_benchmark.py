@@ -1,0 +1,105 @@
+"""The kernels' benchmark: Triton's kernels fit real architectures, and no speed is told of wrong results.
+
+What compiles runs in processes in which Triton does not emulate.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from slidescale.kernels.gated_attention import Attended, gated_attention
+from slidescale.kernels.tile_prep import prepare_tiles
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"}
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+
+
+def test_all_forms_fit_and_nothing_spills(tmp_path: Path) -> None:
+    """Every kernel, dtype and block size that can be launched; the command fails where one does not fit."""
+    out, page = tmp_path / "out.json", tmp_path / "page.md"
+    done = run("benchmarks/kernels.py", "--aot", "--out", str(out), "--page", str(page))
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = json.loads(out.read_text(encoding="utf-8"))
+    labels = {each["label"] for each in compiled}
+    assert len(compiled) == len(ARCHITECTURES) * len(labels)
+    assert {each["architecture"] for each in compiled} == ARCHITECTURES
+    assert {label.split()[0] for label in labels} == {
+        "pool_block", "score_gradient", "gate_gradient", "features_gradient", "weights_gradient", "prepare_patch",
+    }  # fmt: skip
+    for each in compiled:
+        assert each["spilled"] == 0, each
+        assert 0 < each["registers"] <= (512 if each["architecture"].startswith("gfx") else 255), each
+        limit = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}.get(each["architecture"], 65_536)
+        assert each["shared"] <= limit, each
+        assert 0 < each["occupancy"] <= 1, each
+    assert "no register spills" in page.read_text(encoding="utf-8")
+
+
+def test_launches_are_of_these_forms() -> None:
+    """As Triton's own launcher works them out; and no form is compiled that is never launched."""
+    done = run("tests/launch_forms.py")
+    assert done.returncode == 0, done.stderr
+    forms = json.loads(done.stdout)
+    assert forms["unknown"] == []
+    assert forms["unused"] == []
+    assert forms["launched"] > 40
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("kernels")
+
+
+def test_spills_and_large_blocks_are_caught(benchmark: ModuleType) -> None:
+    """The judgement itself: a kernel that spills, or wants more shared memory than there is, does not fit."""
+    import ahead_of_time
+
+    fine = ahead_of_time.Compiled("kernel", "sm_80", warps=8, registers=255, spilled=0, shared=166_912, occupancy=0.1)
+    assert fine.fits
+    for name, value in (("spilled", 8), ("shared", 166_913), ("registers", 256)):
+        assert not ahead_of_time.Compiled(**(vars(fine) | {name: value})).fits
+    limits = {each.name: each for each in ahead_of_time.ARCHITECTURES}
+    # 8 warps of 128 registers: two blocks in 65,536 registers, of the 64 warps that a multiprocessor holds.
+    assert limits["sm_90"].occupancy(128, 0, 8) == 16 / 64
+    assert limits["gfx942"].occupancy(128, 32 * 1024, 4) == 8 / 32
+
+
+@pytest.mark.parametrize("what", ["attention", "tiles", "nothing"])
+def test_no_speed_is_told_of_wrong_results(
+    benchmark: ModuleType, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        scores, partial = gated_attention(*args, **kwargs)
+        return Attended(scores, partial._replace(acc=1.0001 * partial.acc))
+
+    if what == "attention":
+        monkeypatch.setattr(benchmark, "gated_attention", wrong)
+    if what == "tiles":
+        monkeypatch.setattr(benchmark, "prepare_tiles", lambda *args, **kwargs: 1.0001 * prepare_tiles(*args, **kwargs))
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(benchmark, "measure_memory", lambda *_: 1024)
+    page = tmp_path / "page.md"
+    words = f"kernels.py --k 300 --dim 32 --width 16 --tiles 2 --tile-px 32 --turns 1 --threads 1 --page {page}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert benchmark.main() == (0 if what == "nothing" else 1)
+    told = capsys.readouterr()
+    if what == "nothing":
+        assert "| torch " in told.out and "| torch " in page.read_text(encoding="utf-8")
+    else:
+        assert told.out == "" and not page.exists()
+        assert f"WRONG RESULTS, no speed is told: {what}" in told.err
