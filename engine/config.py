@@ -256,7 +256,7 @@ class RunConfig:
     processor or GPU has it."""
     kernels: KernelChoice = "auto"
     """Tile preparation and attention pooling. triton: fused kernels, for GPUs; torch: the same in PyTorch's operators;
-    auto: triton on a GPU, torch elsewhere."""
+    auto: triton on a GPU that it is made for (NVIDIA's from compute capability 8.0 on, AMD's), torch elsewhere."""
     heatmaps: int = 4
     """Validation slides whose tile attention is drawn each time validation improves."""
 

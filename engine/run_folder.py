@@ -10,12 +10,13 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, flatten
+from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
 from slidescale.engine.errors import UserError
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
 MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps", "optim.accumulate"}
+MAY_CHANGE |= {"run.kernels"}  # whose kinds are equal
 # Of optim.accumulate and parallel.tile_ranks, the checkpoint knows what matters: the slides of a step.
 MAY_CHANGE |= {f"memory.{field.name}" for field in fields(MemoryConfig)}
 MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)} | {"model.transformer_spread"}
@@ -51,12 +52,13 @@ def check_same_settings(folder: Path, config: Config) -> None:
     Raises:
         UserError: lists what differs, with both values.
     """
-    recorded = flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
-    wanted = config.flat()
+    # A run begun before a setting was there had what is now its default.
+    recorded = Config(run=RunConfig(name="any")).flat()
+    recorded |= flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
     different = [
-        f"--{name.replace('_', '-')} was {recorded.get(name)!r} and is {value!r}"
-        for name, value in wanted.items()
-        if name not in MAY_CHANGE and recorded.get(name) != value
+        f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
+        for name, value in config.flat().items()
+        if name not in MAY_CHANGE and recorded[name] != value
     ]
     if different:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))

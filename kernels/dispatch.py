@@ -14,16 +14,28 @@ def choose_kernels(asked: KernelChoice, device: torch.device) -> KernelName:
 
     Args:
         asked: "triton": fused kernels for GPUs; "torch": the same results from PyTorch's operators, in blocks that
-            bound memory; "auto": triton on a GPU, torch elsewhere.
+            bound memory; "auto": triton on a GPU for which its kernels are made (NVIDIA's from compute capability 8.0
+            on, AMD's), where the package is installed, and torch elsewhere.
 
     Raises:
         ValueError: triton was asked for where it cannot run.
     """
     if asked == "auto":
-        return "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+        return "triton" if device.type == "cuda" and find_spec("triton") and has_tensor_cores(device) else "torch"
     if asked == "triton":
         check_triton(device)
     return asked
+
+
+def check_name(kernels: str) -> None:
+    """Raise ValueError where `kernels` names none: "auto" is for `choose_kernels` to decide."""
+    if kernels not in ("triton", "torch"):
+        raise ValueError(f"kernels is {kernels!r}: it must be 'triton' or 'torch'")
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether a GPU has them for bf16: on older ones the blocks of these kernels spill registers."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def check_triton(device: torch.device) -> None:

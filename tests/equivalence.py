@@ -30,7 +30,8 @@ from slidescale.engine.feed import Feed
 from slidescale.engine.memory import offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
-from slidescale.engine.models import aggregator as aggregators
+from slidescale.engine.models import aggregator as aggregator_module
+from slidescale.engine.models import tile_prep as tile_prep_module
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
@@ -43,7 +44,9 @@ from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.parallel.zero import ZeroStrategy
 from slidescale.engine.step import TrainStep
-from slidescale.kernels.gated_attention import Attended, Gate, GateDropout, gated_scores, pool_partial
+from slidescale.kernels.gated_attention import Attended, Gate, GateDropout
+from slidescale.kernels.gated_attention import reference as attention_reference
+from slidescale.kernels.tile_prep import reference as tile_reference
 
 # Slides' tile counts. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1). More than
 # three steps, because several faults are right at the first step and wrong from the second.
@@ -236,10 +239,7 @@ def _plain_autograd(
             continue
         for row in readable:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
-            with (
-                drawing_for(Draw(bag.seed, 0, bag.k)),
-                mock.patch.object(aggregators, "gated_attention", by_definition),
-            ):
+            with drawing_for(Draw(bag.seed, 0, bag.k)), by_definition():
                 features = model.encode(all_tiles(row.path).to(device()))
                 logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
             loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label], device=device()))
@@ -252,10 +252,21 @@ def _plain_autograd(
     return end
 
 
-def by_definition(features: Tensor, gate: Gate, *, dropout: GateDropout | None, kernels: str) -> Attended:
-    """Gated attention in PyTorch's own operators, in one graph."""
-    scores = gated_scores(features, gate, dropout=dropout)
-    return Attended(scores, pool_partial(scores, features))
+@contextmanager
+def by_definition() -> Iterator[None]:
+    """Replace both kinds of kernels by their definitions, so that nothing under test is in the reference."""
+
+    def attend(features: Tensor, gate: Gate, *, dropout: GateDropout | None, kernels: str) -> Attended:
+        return attention_reference.gated_attention(features, gate, dropout=dropout)
+
+    def prepare(*args: Any, kernels: str, **settings: Any) -> Tensor:
+        return tile_reference.prepare_tiles(*args, **settings)
+
+    with (
+        mock.patch.object(aggregator_module, "gated_attention", attend),
+        mock.patch.object(tile_prep_module, "prepare_tiles", prepare),
+    ):
+        yield
 
 
 def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:

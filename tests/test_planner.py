@@ -113,6 +113,7 @@ def test_phases_of_a_step_add_up(k: int, chunk: int, stored: int, monkeypatch: p
     measured = footprint(name, tile_px, bf16=False, chunk=chunk, bag=k)
     monkeypatch.setattr(planner, "SCRATCH_SHARE", {"cpu": 0.0})  # what storages do not show
     monkeypatch.setattr(planner, "SCRATCH_BYTES", {"cpu": 0})
+    monkeypatch.setattr(planner, "POOLING_BYTES", {"cpu": 0})
     need = Job(footprint=measured, prefetch=0).need(k, chunk, stored)
     model = make(name, tile_px, bf16=False)
     for parameter in model.parameters():

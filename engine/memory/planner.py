@@ -36,6 +36,8 @@ FAST_SHARE = 4
 # `return_freed_memory` (mostly oneDNN's reordered copies, the most with convolutions in fp32); on GPUs an allowance.
 SCRATCH_SHARE = {"cpu": 0.05, "cuda": 0.10}
 SCRATCH_BYTES = {"cpu": 64 * 1024**2, "cuda": 0}
+# What attention pooling's operators hold inside themselves, which the footprint does not see and K does not change.
+POOLING_BYTES = {"cpu": 64 * 1024**2, "cuda": 256 * 1024**2}
 
 # DeepSpeed's defaults (runtime/zero/config.py), in parameters: reduce_bucket_size, stage3_max_live_parameters.
 REDUCE_BUCKET = 500_000_000
@@ -243,9 +245,8 @@ class Job:
             phases.append((local * row, before, building + scratch, 0))
             back = max(footprint.backward(last), footprint.backward(full) - footprint.graph(full) if stored > 1 else 0)
             phases.append((2 * local * row + own_rows, before, back + scratch, 0))
-        phases.append(
-            (local * row + own_rows + footprint.aggregator(local) + footprint.foreign * (k - local), graphs, 0, 0)
-        )
+        aggregator = footprint.aggregator(local) + POOLING_BYTES[footprint.flavour]
+        phases.append((local * row + own_rows + aggregator + footprint.foreign * (k - local), graphs, 0, 0))
         phases.append((2 * local * row + own_rows, graphs, 0, 0))  # chunks' features, and the bag's that join them
         phases.append((0, 0, 0, self.update))
         phases.append((0 if cuda else bag, 0, 0, 0))  # between steps: the last bag goes when the next has come

@@ -9,7 +9,8 @@ of tiles at a time, with the gate, in the same memory, so that what the backward
 3. `features_gradient`: ∂L/∂h of the stretch, whole; `weights_gradient`: its addition to ∂L/∂V and ∂L/∂U, in a fixed
    number of sums over disjoint tiles, which are added up last.
 
-Arguments are named as in `forward.py`.
+Programs that read the same tiles follow each other, so that these come from the L2 cache but once. Arguments are named
+as in `forward.py`.
 """
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slidescale.kernels.gated_attention.blocks import (
+from slidescale.kernels.gated_attention.block_sizes import (
     MANY_BRANCHES,
     UNALIGNED,
     branch_groups,
@@ -75,11 +76,11 @@ def gate_gradient(
     DROPOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gate's gradient for a block of tiles, of those from `first` to `end`, and of columns; its sums over tiles."""
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
     local = block * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = first + local
     row_in = rows < end
-    gates = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    gates = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     gate_in = gates < gate_dim
     tanh, sigmoid = gate_block(features, weights, biases, rows, gates, end, dim, gate_dim, BLOCK_K, BLOCK_L, BLOCK_D)
     gate = tanh * sigmoid
@@ -108,10 +109,10 @@ def features_gradient(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂h = ∂L/∂gate [V; U] + Σ_b p_b ∂L/∂acc_b, for a block of tiles, of those from `first` to `end`, and of D."""
-    local = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    local = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = first + local
     row_in = rows < end
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     dim_in = dims < dim
     d = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, 2 * gate_dim, BLOCK_L):
@@ -204,7 +205,7 @@ def backward(
     for first in range(0, k, STRETCH):
         end = min(first + STRETCH, k)
         count = triton.cdiv(end - first, gates.tiles)
-        gate_gradient[(count, triton.cdiv(gate_dim, gates.gate))](
+        gate_gradient[(triton.cdiv(gate_dim, gates.gate), count)](
             features, weights, biases, w, d_scores, d_gate, part_biases, part_w,
             first, end, padded_dim, gate_dim, branches, seed, first_tile, p,
             DROPOUT=dropout is not None, BLOCK_K=gates.tiles, BLOCK_L=gates.gate, BLOCK_D=gates.dim,
@@ -212,7 +213,7 @@ def backward(
         )  # fmt: skip
         d_biases += part_biases[:count].sum(dim=0)
         d_w += part_w[:count].sum(dim=0)
-        features_gradient[(triton.cdiv(end - first, products.tiles), triton.cdiv(padded_dim, products.dim))](
+        features_gradient[(triton.cdiv(padded_dim, products.dim), triton.cdiv(end - first, products.tiles))](
             d_gate, weights, scores, m, grad_acc, d_features, first, end, padded_dim, gate_dim, branches,
             BLOCK_K=products.tiles, BLOCK_L=products.gate, BLOCK_D=products.dim,
             num_warps=products.warps, num_stages=products.stages,

@@ -15,10 +15,12 @@ from slidescale.kernels.keyed_random import keyed_uniform
 
 # Bytes of a block's gate, both halves: what a CPU's caches hold, with products large enough to be efficient, and what
 # keeps a GPU busy.
-GATE_BYTES = {"cpu": 8 * 1024**2, "gpu": 64 * 1024**2}
+GATE_BYTES = {"cpu": 4 * 1024**2, "gpu": 16 * 1024**2}
+# Values that dropout draws for at once: each takes some integers of 64 bits.
+DRAWN_VALUES = 2**18
 
 
-class _Blocks:
+class _GateBlocks:
     """The gate of a bag, computed a block at a time in the same buffers."""
 
     def __init__(
@@ -54,10 +56,13 @@ class _Blocks:
         """Dropout's mask on `[n, L]`, in place."""
         if self._dropout is None:
             return x
-        first = self._dropout.first_tile
-        tiles = torch.arange(first + rows.start, first + rows.stop, device=x.device)
-        kept = keyed_uniform(self._dropout.seed, tiles, self.width) >= self._dropout.p
-        return x.mul_(kept).div_(1 - self._dropout.p)
+        p, seed, first_tile = self._dropout
+        begin = first_tile + rows.start
+        for part in x.split(max(1, DRAWN_VALUES // self.width)):
+            tiles = torch.arange(begin, begin + len(part), device=x.device)
+            part.mul_(keyed_uniform(seed, tiles, self.width) >= p).div_(1 - p)
+            begin += len(part)
+        return x
 
 
 def forward(
@@ -71,7 +76,7 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Partial]:
     """Scores `[K, B]` and their partial; see `operator.py` for the arguments."""
-    blocks = _Blocks(features, weights, biases, dropout, dtype)
+    blocks = _GateBlocks(features, weights, biases, dropout, dtype)
     w, c = w_weight.to(blocks.dtype), w_bias.to(blocks.dtype)
     scores = features.new_empty((len(features), len(w)), dtype=blocks.dtype)
     total = pool_partial(scores[:0], features[:0])
@@ -100,7 +105,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of features, weights, biases, w_weight and w_bias, the last four in at least fp32."""
     accumulation = scores.dtype
-    blocks = _Blocks(features, weights, biases, dropout, dtype)
+    blocks = _GateBlocks(features, weights, biases, dropout, dtype)
     w = w_weight.to(accumulation)
     d_features = torch.empty_like(features)
     d_weights = torch.zeros_like(weights, dtype=accumulation)

@@ -1,10 +1,11 @@
 """Gated attention pooling, forward, in Triton: scores and their softmax in one pass over the features in memory.
 
 A program takes a block of tiles from features to a partial. It computes the gate `[tiles, L]` a block of columns at a
-time, for which it reads its features again from the L2 cache. What reaches memory is the scores `[K, B]` and each
-block's partial; partials are merged in a fixed order, so that equal inputs give equal bits.
+time, and reads its features again for each: from the L2 cache, as long as that holds the features of all programs that
+run at once (50 MB on an H100 at D = 1,536). What reaches memory is the scores `[K, B]` and each block's partial, and
+partials are merged in a fixed order, so that equal inputs give equal bits.
 
-In the kernels' arguments, `dim` and `gate_dim` are D and L padded to multiples of 16 with zeros (see `blocks.py`),
+In the kernels' arguments, `dim` and `gate_dim` are D and L padded to multiples of 16 with zeros (see `block_sizes.py`),
 which a gate's padding passes on, since w is zero there. Shapes stand above values or behind them.
 """
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slidescale.kernels.gated_attention.blocks import (
+from slidescale.kernels.gated_attention.block_sizes import (
     MANY_BRANCHES,
     UNALIGNED,
     branch_groups,

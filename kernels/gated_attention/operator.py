@@ -5,32 +5,18 @@ Two operators, forward and backward, each with two implementations: "triton" (`f
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from slidescale.kernels.dispatch import KernelName, check_triton
+from slidescale.kernels.dispatch import KernelName, check_name, check_triton
 from slidescale.kernels.gated_attention import blocked
-from slidescale.kernels.gated_attention.reference import Gate, GateDropout, Partial
+from slidescale.kernels.gated_attention.reference import Attended, Gate, GateDropout, Partial
 
-
-class Attended(NamedTuple):
-    """What pooling gives.
-
-    Attributes:
-        scores: `[K, B]`, before the softmax over tiles.
-        partial: of these tiles; see `Partial`.
-    """
-
-    scores: Tensor
-    partial: Partial
-
-    @property
-    def pooled(self) -> Tensor:
-        """`[B, D]`, Σ a_k h_k with a the softmax of the scores, where these are all of the slide's tiles."""
-        return self.partial.acc / self.partial.l[:, None]
+# Features in fp32 are read as they are by kernels that compute in 16 bits, so that they are pooled as they are.
+MIXED = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 
 
 def gated_attention(
@@ -41,44 +27,42 @@ def gated_attention(
     dropout: GateDropout | None = None,
     kernels: KernelName = "torch",
 ) -> Attended:
-    """Pool tiles by gated attention: `gated_scores` and `pool_partial` of `reference.py` in one, without a `[K, L]`.
+    """Pool tiles by gated attention: what `reference.py` defines, without a `[K, L]` in memory.
 
     The gate's matrix products run in autocast's dtype where autocast is on (which leaves doubles alone), else in the
-    wider of the features' and the weights'; all sums are in fp32, or fp64 for doubles. Equal inputs give equal bits.
+    wider of the features' and V's; all sums are in fp32, or fp64 for doubles. Under fp16, scale the loss, as for
+    PyTorch's own operators: the gate's gradient is rounded to it. Equal inputs give equal bits. Differentiable once.
 
     Args:
         features: `[K, D]`, K ≥ 0.
         gate: its parameters.
-        mask: bool `[K]`, True for tiles that count; None: all do.
+        mask: bool `[K]`, True for tiles that count; the others' features must be finite too; None: all count.
         dropout: on the gate; None: nothing is dropped.
         kernels: "triton" or "torch" (see `choose_kernels`).
 
     Raises:
         ValueError: shapes that do not fit, or kernels that cannot run on the features' device or dtype.
     """
-    _check(features, gate, mask)
+    check_name(kernels)
+    _check(features, gate, mask, dropout)
     device = features.device.type
     dtype = torch.promote_types(features.dtype, gate.v_weight.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    if (features.dtype, dtype) not in MIXED:
+        features = features.to(dtype)
+    with torch.autocast(device, enabled=False):  # which would round the weights, and their gradients, before their time
+        weights = torch.cat([gate.v_weight, gate.u_weight])
+        biases = torch.cat([gate.v_bias, gate.u_bias])
     p, seed, first_tile = dropout or (0.0, 0, 0)
     scores, m, l, acc = torch.ops.slidescale.gated_attention(
-        features.contiguous(),
-        torch.cat([gate.v_weight, gate.u_weight]),
-        torch.cat([gate.v_bias, gate.u_bias]),
-        gate.w_weight,
-        gate.w_bias,
-        mask,
-        p,
-        seed,
-        first_tile,
-        dtype,
-        kernels,
-    )
+        features.contiguous(), weights, biases, gate.w_weight.contiguous(), gate.w_bias.contiguous(), mask,
+        p, seed, first_tile, dtype, kernels,
+    )  # fmt: skip
     return Attended(scores, Partial(m.detach(), l, acc))
 
 
-def _check(features: Tensor, gate: Gate, mask: Tensor | None) -> None:
+def _check(features: Tensor, gate: Gate, mask: Tensor | None, dropout: GateDropout | None) -> None:
     if features.ndim != 2 or gate.v_weight.ndim != 2 or gate.w_weight.ndim != 2:
         raise ValueError(
             f"features {list(features.shape)}, V {list(gate.v_weight.shape)} and w {list(gate.w_weight.shape)} must "
@@ -87,13 +71,19 @@ def _check(features: Tensor, gate: Gate, mask: Tensor | None) -> None:
     (k, dim), width, branches = features.shape, len(gate.v_weight), len(gate.w_weight)
     expected = Gate((width, dim), (width,), (width, dim), (width,), (branches, width), (branches,))  # type: ignore[arg-type]
     for name, tensor, shape in zip(Gate._fields, gate, expected, strict=True):
+        if tensor.device != features.device:
+            raise ValueError(f"{name} is on {tensor.device}, and features on {features.device}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} and must be {list(shape)}, for features [{k}, {dim}], a gate of width "
                 f"{width} and {branches} branches"
             )
+    if dropout is not None and not 0 < dropout.p < 1:
+        raise ValueError(f"dropout's p is {dropout.p}: it must be above 0 and below 1; None is for none")
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (k,)):
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)} and must be bool [{k}]")
+    if mask is not None and mask.device != features.device:
+        raise ValueError(f"mask is on {mask.device}, and features on {features.device}")
 
 
 def _implementations(kernels: str) -> tuple[ModuleType, ModuleType]:
@@ -169,7 +159,7 @@ def _backward(
     dtype: torch.dtype,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of features, weights, biases, w_weight and w_bias, in their dtypes.
+    """Gradients of features, weights, biases, w_weight and w_bias, in their dtypes; of w_bias, in the scores'.
 
     ∂L/∂s_k = exp(s_k − m) (∂L/∂l + h_k · ∂L/∂acc) + what other uses of the scores give; m counts as a constant.
     ∂L/∂h_k = Σ_b exp(s_kb − m_b) ∂L/∂acc_b, and what flows back through the gate, which is computed again.
@@ -185,7 +175,7 @@ def _backward(
         d_weights.to(weights.dtype),
         d_biases.to(biases.dtype),
         d_w.to(w_weight.dtype),
-        d_c.to(w_weight.dtype),
+        d_c,
     )
 
 
@@ -195,7 +185,7 @@ def _(
     w_weight: Tensor, scores: Tensor, m: Tensor, p: float, seed: int, first_tile: int, dtype: torch.dtype, kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = torch.empty_like
-    return like(features), like(weights), like(biases), like(w_weight), w_weight.new_empty(len(w_weight))
+    return like(features), like(weights), like(biases), like(w_weight), scores.new_empty(len(w_weight))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

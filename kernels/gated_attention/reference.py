@@ -61,6 +61,35 @@ class Partial(NamedTuple):
     acc: Tensor
 
 
+class Attended(NamedTuple):
+    """What pooling gives.
+
+    Attributes:
+        scores: `[K, B]`, before the softmax over tiles; −inf for tiles that do not count.
+        partial: of these tiles; see `Partial`.
+    """
+
+    scores: Tensor
+    partial: Partial
+
+    @property
+    def pooled(self) -> Tensor:
+        """`[B, D]`, Σ a_k h_k with a the softmax of the scores, where these are all of the slide's tiles.
+
+        Not a number where no tile counts.
+        """
+        return self.partial.acc / self.partial.l[:, None]
+
+
+def gated_attention(
+    features: Tensor, gate: Gate, *, mask: Tensor | None = None, dropout: GateDropout | None = None
+) -> Attended:
+    """Pool tiles by gated attention; arguments as in `gated_scores`. Scores and sums are in at least fp32."""
+    scores = gated_scores(features, gate, mask=mask, dropout=dropout)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return Attended(scores, pool_partial(scores, features))
+
+
 def gated_scores(
     features: Tensor, gate: Gate, *, mask: Tensor | None = None, dropout: GateDropout | None = None
 ) -> Tensor:
@@ -68,7 +97,7 @@ def gated_scores(
 
     Args:
         features: `[K, D]`.
-        mask: bool `[K]`, True for tiles that count; None: all do.
+        mask: bool `[K]`, True for tiles that count; the others' features must be finite too; None: all count.
         dropout: on the product of tanh and sigmoid.
 
     Returns:

@@ -11,10 +11,10 @@ from slidescale.kernels.gated_attention.backward import (
     score_gradient,
     weights_gradient,
 )
-from slidescale.kernels.gated_attention.blocks import (
+from slidescale.kernels.gated_attention.block_sizes import (
     MANY_BRANCHES,
     UNALIGNED,
-    Blocks,
+    BlockSizes,
     gate_blocks,
     pool_blocks,
     product_blocks,
@@ -50,7 +50,7 @@ def variants() -> Iterator[Variant]:
             yield _variant(score_gradient, features, features, score_blocks(), BRANCHES=branches)
 
 
-def _variant(kernel: Any, features: torch.dtype, dtype: torch.dtype, blocks: Blocks, **constants: Any) -> Variant:
+def _variant(kernel: Any, features: torch.dtype, dtype: torch.dtype, blocks: BlockSizes, **constants: Any) -> Variant:
     pointers = {"features": features, "d_features": features, "weights": dtype, "d_gate": dtype}
     constants |= {"BLOCK_K": blocks.tiles, "BLOCK_L": blocks.gate, "BLOCK_D": blocks.dim}
     signature, constexprs = {}, {}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slidescale.kernels.dispatch import KernelName, check_triton
+from slidescale.kernels.dispatch import KernelName, check_name, check_triton
 from slidescale.kernels.tile_prep import blocked
 
 
@@ -52,8 +52,7 @@ def prepare_tiles(
             raise ValueError(f"tiles are {tiles.shape[1]} × {tiles.shape[2]} pixels: only square ones can be turned")
     if colour is not None and (colour.shape != (n, 3, 4) or colour.dtype != torch.float32):
         raise ValueError(f"colour is {colour.dtype} {list(colour.shape)}: it must be float32 [{n}, 3, 4]")
-    if kernels not in ("triton", "torch"):
-        raise ValueError(f"kernels is {kernels!r}: it must be 'triton' or 'torch'")
+    check_name(kernels)
     allowed = (torch.bfloat16, torch.float16, torch.float32, *[torch.float64] * (kernels == "torch"))
     if dtype not in allowed:
         raise ValueError(f"dtype is {dtype}: with {kernels} kernels it must be one of {', '.join(map(str, allowed))}")

@@ -13,6 +13,7 @@ from torch import Tensor
 # Triton reads a row 16 bytes at a time where it knows that rows begin at multiples of 16 values, and else one by one,
 # with many more registers.
 ALIGNMENT = 16
+ALIGNMENT_BYTES = 16
 # Arguments that may begin anywhere, and are read value by value.
 UNALIGNED = ["mask", "w_bias", "scores", "m", "grad_scores", "grad_l"]
 
@@ -20,7 +21,7 @@ UNALIGNED = ["mask", "w_bias", "scores", "m", "grad_scores", "grad_l"]
 MANY_BRANCHES = 16
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """What one program takes at a time.
 
     Attributes:
@@ -38,32 +39,32 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def pool_blocks(dtype: torch.dtype, *, dropout: bool) -> Blocks:
+def pool_blocks(dtype: torch.dtype, *, dropout: bool) -> BlockSizes:
     """For the forward, with the gate's products in `dtype`; drawing numbers of 64 bits takes registers."""
     if dtype == torch.float32:
-        return Blocks(64, 16, 32, warps=4, stages=2) if dropout else Blocks(64, 32, 32, warps=8, stages=2)
-    return Blocks(128, 64, 32, warps=8, stages=3)
+        return BlockSizes(64, 16, 32, warps=4, stages=2) if dropout else BlockSizes(64, 32, 32, warps=8, stages=2)
+    return BlockSizes(128, 64, 32, warps=8, stages=3)
 
 
-def gate_blocks(features: torch.dtype, dtype: torch.dtype, *, dropout: bool) -> Blocks:
+def gate_blocks(features: torch.dtype, dtype: torch.dtype, *, dropout: bool) -> BlockSizes:
     """For the gate's gradient, which holds more at once; features that are rounded on the way take shared memory."""
     if dtype == torch.float32:
-        return Blocks(64, 32, 32, warps=8, stages=2)
+        return BlockSizes(64, 32, 32, warps=8, stages=2)
     if dropout:
-        return Blocks(64, 32, 64, warps=4, stages=2)
-    return Blocks(128, 32, 64, warps=8, stages=3 if features == dtype else 2)
+        return BlockSizes(64, 32, 64, warps=4, stages=2)
+    return BlockSizes(128, 32, 64, warps=8, stages=3 if features == dtype else 2)
 
 
-def product_blocks(dtype: torch.dtype) -> Blocks:
+def product_blocks(dtype: torch.dtype) -> BlockSizes:
     """For the two matrix products of the backward."""
     if dtype == torch.float32:
-        return Blocks(64, 64, 32, warps=8, stages=2)
-    return Blocks(64, 64, 64, warps=8, stages=3)
+        return BlockSizes(64, 64, 32, warps=8, stages=2)
+    return BlockSizes(64, 64, 64, warps=8, stages=3)
 
 
-def score_blocks() -> Blocks:
+def score_blocks() -> BlockSizes:
     """For the gradient of the scores, which computes no gate."""
-    return Blocks(64, 1, 64, warps=4, stages=2)
+    return BlockSizes(64, 1, 64, warps=4, stages=2)
 
 
 def next_multiple(n: int, of: int) -> int:
@@ -74,8 +75,9 @@ def next_multiple(n: int, of: int) -> int:
 def pad(x: Tensor, dims: int = 1) -> Tensor:
     """`x` with zeros behind its last `dims` dimensions, up to aligned sizes; a copy only where it is not aligned."""
     sizes = x.shape[-dims:]
-    if all(size % ALIGNMENT == 0 for size in sizes) and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
-        return x
+    x = x.contiguous()
+    if all(size % ALIGNMENT == 0 for size in sizes):
+        return x if x.data_ptr() % ALIGNMENT_BYTES == 0 else x.clone()
     return torch.nn.functional.pad(
         x, [n for size in reversed(sizes) for n in (0, next_multiple(size, ALIGNMENT) - size)]
     )
