@@ -225,8 +225,8 @@ def measure(args: argparse.Namespace) -> int:
     kind = "a GPU" if device.type == "cuda" else "a CPU"
     text = "\n\n".join([
         f"## Measured on {kind}",
-        "PyTorch is the definition in its own operators. Extra memory is the peak beyond the inputs, gradients "
-        "included, each in a process of its own. Bytes are those that must cross the memory.",
+        "PyTorch is the definition in its own operators, and what ratios are to. Extra memory is the peak beyond the "
+        "inputs, gradients included, each in a process of its own. Bytes are those that must cross the memory.",
         f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns. Measured ceilings: "
         f"{ceilings[0] / 1e9:.0f} GB/s (copy), {ceilings[1] / 1e12:.2f} TFLOP/s (matrix product).",
         *(
@@ -262,7 +262,7 @@ def measure_one(
 def tell(results: list[dict[str, Any]], ceilings: tuple[float, float]) -> str:
     """The table of one computation."""
     header = [
-        "kernels", "ms", "of PyTorch's", "median ms", "extra MiB", "of PyTorch's", "error", "GB/s (of ceiling)",
+        "kernels", "ms", "time ratio", "median ms", "extra MiB", "memory ratio", "error", "GB/s (of ceiling)",
         "TFLOP/s (of ceiling)",
     ]  # fmt: skip
     bandwidth, flops = ceilings

@@ -133,9 +133,9 @@ def run(config: Config) -> Path:
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
     strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
     log.info(
-        "%s (%.1f M parameters) + %s, %s, %s kernels, %s%s", config.model.encoder, _count_parameters(model) / 1e6,
-        config.model.pooling, "bf16 autocast" if bf16 else "fp32", kernels, strategy.name,
-        f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
+        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", config.model.encoder, _count_parameters(model) / 1e6,
+        config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
+        f", {slides_a_step} slides a step" if slides_a_step > 1 else "", kernels,
     )  # fmt: skip
     plan = plan_run(
         config,

@@ -36,7 +36,9 @@ FAST_SHARE = 4
 # `return_freed_memory` (mostly oneDNN's reordered copies, the most with convolutions in fp32); on GPUs an allowance.
 SCRATCH_SHARE = {"cpu": 0.05, "cuda": 0.10}
 SCRATCH_BYTES = {"cpu": 64 * 1024**2, "cuda": 0}
-# What attention pooling's operators hold inside themselves, which the footprint does not see and K does not change.
+# What attention pooling's operators hold inside themselves, which the footprint does not see: so much a tile (several
+# rows of a gate of 384), until they compute in blocks.
+POOLING_TILE_BYTES = 16 * 1024
 POOLING_BYTES = {"cpu": 64 * 1024**2, "cuda": 256 * 1024**2}
 
 # DeepSpeed's defaults (runtime/zero/config.py), in parameters: reduce_bucket_size, stage3_max_live_parameters.
@@ -245,7 +247,8 @@ class Job:
             phases.append((local * row, before, building + scratch, 0))
             back = max(footprint.backward(last), footprint.backward(full) - footprint.graph(full) if stored > 1 else 0)
             phases.append((2 * local * row + own_rows, before, back + scratch, 0))
-        aggregator = footprint.aggregator(local) + POOLING_BYTES[footprint.flavour]
+        pooling = min(local * POOLING_TILE_BYTES, POOLING_BYTES[footprint.flavour])
+        aggregator = footprint.aggregator(local) + pooling
         phases.append((local * row + own_rows + aggregator + footprint.foreign * (k - local), graphs, 0, 0))
         phases.append((2 * local * row + own_rows, graphs, 0, 0))  # chunks' features, and the bag's that join them
         phases.append((0, 0, 0, self.update))
