@@ -48,15 +48,15 @@ def attention_inputs(shape: Shape, k: int, dtype: torch.dtype, device: torch.dev
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (torch.randn(size, generator=generator, device=device, dtype=dtype) * scale).requires_grad_()
+        # In place: the peak of making the inputs must not hide that of what is measured.
+        return torch.randn(size, generator=generator, device=device, dtype=dtype).mul_(scale).requires_grad_()
 
     wide = (shape.width, shape.dim)
     gate = Gate(
         draw(*wide, scale=shape.dim**-0.5), draw(shape.width), draw(*wide, scale=shape.dim**-0.5), draw(shape.width),
         draw(shape.branches, shape.width, scale=shape.width**-0.5), draw(shape.branches),
     )  # fmt: skip
-    features = draw(k, shape.dim, dtype=dtype).detach().requires_grad_()
-    return features, gate
+    return draw(k, shape.dim, dtype=dtype), gate
 
 
 def attend(how: str, features: Tensor, gate: Gate, dtype: torch.dtype) -> list[Tensor]:

@@ -52,17 +52,18 @@ class _GateBlocks:
         both = both.to(self.dtype).sigmoid_()
         return both[:, : self.width].mul_(2).sub_(1), both[:, self.width :]
 
-    def drop(self, x: Tensor, rows: slice) -> Tensor:
-        """Dropout's mask on `[n, L]`, in place."""
+    def drop(self, rows: slice, *gates: Tensor) -> None:
+        """Dropout's mask on each of some `[n, L]`, in place; it is drawn once."""
         if self._dropout is None:
-            return x
+            return
         p, seed, first_tile = self._dropout
         begin = first_tile + rows.start
-        for part in x.split(max(1, DRAWN_VALUES // self.width)):
-            tiles = torch.arange(begin, begin + len(part), device=x.device)
-            part.mul_(keyed_uniform(seed, tiles, self.width) >= p).div_(1 - p)
-            begin += len(part)
-        return x
+        for parts in zip(*(gate.split(max(1, DRAWN_VALUES // self.width)) for gate in gates), strict=True):
+            tiles = torch.arange(begin, begin + len(parts[0]), device=parts[0].device)
+            kept = keyed_uniform(seed, tiles, self.width) >= p
+            for part in parts:
+                part.mul_(kept).div_(1 - p)
+            begin += len(tiles)
 
 
 def forward(
@@ -82,7 +83,9 @@ def forward(
     total = pool_partial(scores[:0], features[:0])
     for rows in blocks:
         tanh, sigmoid = blocks.halves(rows)
-        block_scores = torch.addmm(c, blocks.drop(tanh.mul_(sigmoid), rows), w.T, out=scores[rows])
+        gate = tanh.mul_(sigmoid)
+        blocks.drop(rows, gate)
+        block_scores = torch.addmm(c, gate, w.T, out=scores[rows])
         if mask is not None:
             block_scores.masked_fill_(~mask[rows, None], -torch.inf)
         part = pool_partial(block_scores, features[rows])
@@ -121,8 +124,9 @@ def backward(
         d_scores = p * (torch.addmm(grad_l, h.to(accumulation), grad_acc.T)) + grad_scores[rows]
         d_scores.masked_fill_(scores[rows] == -torch.inf, 0)
         d_c += d_scores.sum(dim=0)
-        d_w.addmm_(d_scores.T, blocks.drop(tanh * sigmoid, rows))
-        d_gate = blocks.drop(d_scores @ w, rows)  # [n, L]
+        gate, d_gate = tanh * sigmoid, d_scores @ w  # [n, L]
+        blocks.drop(rows, gate, d_gate)
+        d_w.addmm_(d_scores.T, gate)
         d_both = both[: len(h)]
         d_v, d_u = d_both[:, : blocks.width], d_both[:, blocks.width :]
         torch.ops.aten.tanh_backward.grad_input(torch.mul(d_gate, sigmoid, out=d_v), tanh, grad_input=d_v)
