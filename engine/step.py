@@ -13,14 +13,22 @@ from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.strategy import Strategy
+from slidescale.engine.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one training step: the mean loss of its slides, and the gradient norm before clipping."""
+    """Of one training step.
+
+    Attributes:
+        loss: the mean of its slides'.
+        gradient_norm: before clipping.
+        seconds: of each of the `stopwatch.PHASES`, on this rank. Under fsdp the reduction is part of pass 2.
+    """
 
     loss: float
     gradient_norm: float
+    seconds: dict[str, float]
 
 
 class TrainStep:
@@ -45,6 +53,7 @@ class TrainStep:
         self.mesh = mesh
         self.chunk = chunk
         self.offload = offload
+        self.stopwatch = Stopwatch(strategy.device)
 
     def __call__(self, step: Step) -> StepResult:
         """One optimizer step, in memory for the chunks that the shares say to store and one more.
@@ -53,29 +62,36 @@ class TrainStep:
             TrainingError: loss or gradient is not finite; names the slide, and no optimizer step was taken.
         """
         losses: dict[str, float] = {}
+        self.stopwatch.start()
         with self.strategy.accumulate(step.backwards):
             for share in step.shares:
                 losses |= self._add(share)
+        self.stopwatch.lap("reduction")
         try:
             gradient_norm = self.strategy.step()
         except TrainingError as error:
             raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
-        return StepResult(sum(losses.values()) / len(losses), gradient_norm)
+        self.stopwatch.lap("optimizer")
+        return StepResult(sum(losses.values()) / len(losses), gradient_norm, self.stopwatch.seconds())
 
     def _add(self, share: Share) -> dict[str, float]:
         """Add the gradients of one slot, and leave nothing else of it behind; the losses of its slides."""
-        strategy, model, group = self.strategy, self.strategy.model, self.mesh.tiles
+        strategy, model, group, lap = self.strategy, self.strategy.model, self.mesh.tiles, self.stopwatch.lap
         bag, offset = share.bag, group.share(share.bag.k).start
         tiles = share.tiles.to(strategy.device, non_blocking=True)
         chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
+        lap("reading")
         with self._offloading() as saving:
             encoded = encode(model, chunks, share.stored, saving)
+            lap("pass 1")
             with drawing_for(Draw(bag.seed, offset, len(tiles))):
                 logits, _ = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
             loss = self.objective(logits, bag.row.label)
             losses = self._check_losses(share, loss.item())
             strategy.backward(loss * share.weight)
+            lap("aggregate")
             backpropagate(model, chunks, encoded, strategy.backward)
+            lap("pass 2")
         return losses
 
     @contextmanager

@@ -115,6 +115,7 @@ class Trainer:
                     "train/gradient_norm": result.gradient_norm,
                     "speed/tiles_per_s": batch.k / (end - begin),
                     "speed/data_wait_share": batch.waited_s / (end - begin),
+                    **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
                 },
                 step + len(totals.losses),
             )

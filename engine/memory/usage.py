@@ -1,6 +1,7 @@
 """Amounts of memory: what a rank has used, and how sizes are written."""
 
 import ctypes
+import gc
 import re
 import resource
 from pathlib import Path
@@ -50,6 +51,19 @@ def peak_gib(device: torch.device) -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / GIB  # it says kB, and counts in KiB
     raise OSError("/proc/self/status does not tell the peak of resident memory")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_gib` begin anew: free what nothing holds, and forget what was held so far."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): sets VmHWM to what is resident now
 
 
 def available_bytes(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -106,6 +107,11 @@ class FsdpStrategy(TorchStrategy):
             self._root.set_is_last_backward(True)
             self._root.set_reshard_after_backward(True)
         loss.backward()
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """Gathered from its shards."""
+        assert isinstance(parameter, DTensor)
+        return parameter.detach().full_tensor()
 
     def save(self, folder: Path) -> None:
         """PyTorch's distributed checkpoint: each rank its shards."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -55,6 +55,10 @@ class Strategy(ABC):
     @abstractmethod
     def learning_rate(self) -> float:
         """The learning rate of the next step (of the first parameter group)."""
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's value, put together from all ranks, each of which calls this."""
+        return parameter.detach()
 
     @abstractmethod
     def save(self, folder: Path) -> None:

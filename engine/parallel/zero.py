@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -124,6 +124,13 @@ class ZeroStrategy(Strategy):
     def learning_rate(self) -> float:
         """Of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """Gathered, where stage 3 has split it."""
+        if self._stage < 3:
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's sharded checkpoint."""

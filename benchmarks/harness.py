@@ -1,0 +1,183 @@
+"""Cells of a benchmark: each in a fresh world of processes, with limits of time and memory, and kept as it ends."""
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slidescale.engine.memory.usage import format_size
+from slidescale.engine.run_folder import git_commit
+
+# The exit status by which a rank says that its memory did not suffice.
+OUT_OF_MEMORY = 77
+# Seconds between two looks at the ranks; activations grow by some hundred MiB a second on a CPU.
+LOOK_S = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cell may take.
+
+    Attributes:
+        seconds: until it must have ended.
+        bytes: of memory, each rank: resident on a CPU. A GPU's is limited by its ranks themselves.
+    """
+
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a world ended: "ok", "out of memory", "out of time" or "failed"; and why."""
+
+    status: str
+    message: str
+
+
+def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log: Path) -> Ended:
+    """Run a Python script as `ranks` processes that can meet, and end all of them when one fails or a limit is passed.
+
+    Args:
+        words: the script, and its arguments.
+        device: "cpu" or "cuda"; a GPU's memory is not looked at from outside.
+        log: where all that they print goes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": device,
+    }  # fmt: skip
+    log.parent.mkdir(parents=True, exist_ok=True)
+    processes: list[subprocess.Popen] = []
+    with log.open("w", encoding="utf-8") as output:
+        try:
+            for rank in range(ranks):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *words],
+                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=output, stderr=output, start_new_session=True,
+                    )
+                )  # fmt: skip
+            return _watch(processes, device, limits, log)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            # DeepSpeed's buffers, which a rank that was killed could not remove.
+            for buffer in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
+                buffer.unlink(missing_ok=True)
+
+
+def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: Path) -> Ended:
+    """Wait for the end."""
+    deadline = time.monotonic() + limits.seconds
+    while any(process.poll() is None for process in processes):
+        for rank, process in enumerate(processes):
+            if process.returncode:
+                return _failure(rank, process.returncode, log)
+            if device == "cpu" and (held := _resident(process)) > limits.bytes:
+                return Ended(
+                    "out of memory", f"rank {rank} held {format_size(held)}, and may {format_size(limits.bytes)}"
+                )
+        if time.monotonic() > deadline:
+            return Ended("out of time", f"not ready after {limits.seconds:,.0f} s")
+        time.sleep(LOOK_S)
+    failed = [rank for rank, process in enumerate(processes) if process.returncode]
+    return _failure(failed[0], processes[failed[0]].returncode, log) if failed else Ended("ok", "")
+
+
+def _failure(rank: int, code: int, log: Path) -> Ended:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    if code == OUT_OF_MEMORY:
+        return Ended("out of memory", f"rank {rank}: {last}")
+    if code == -signal.SIGKILL:
+        return Ended("out of memory", f"rank {rank} was killed, as the system does when its memory is full")
+    return Ended("failed", f"rank {rank} ended with {code}: {last} ({log} has all of it)")
+
+
+def _resident(process: subprocess.Popen) -> int:
+    try:
+        return psutil.Process(process.pid).memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What was measured, and on what: processor or GPU, versions, commit."""
+    if device == "cuda":
+        processor = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    else:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else platform.machine()
+        processor = f"{len(os.sched_getaffinity(0))} × {name}"
+    packages = ("slidescale", "torch", "deepspeed", "timm", "openslide-python")
+    return {
+        "machine": processor,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "commit": git_commit(),
+    }
+
+
+def tell_machine(stamp: dict[str, Any]) -> str:
+    """A stamp in one line."""
+    commit = str(stamp["commit"])
+    short = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    return (
+        f"{stamp['machine']}, {stamp['memory_gib']:.0f} GiB; PyTorch {stamp['torch']}, DeepSpeed {stamp['deepspeed']}, "
+        f"timm {stamp['timm']}; commit {short}"
+    )
+
+
+class Rows:
+    """The rows of a sweep, a JSON object a line, each written as soon as it is known.
+
+    A row is found again by its settings and its stamp; rows of another machine, commit or versions are not.
+    """
+
+    def __init__(self, path: Path, stamp: dict[str, Any]) -> None:
+        self._path = path
+        self._stamp = stamp
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if path.exists():
+            # An interruption may have cut the last line short, and a new one must not continue it.
+            path.write_text("".join(f"{line}\n" for line in lines if _is_whole(line)), encoding="utf-8")
+        self._rows = [row for line in lines if _is_whole(line) if (row := json.loads(line))["stamp"] == stamp]
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The latest row with these settings."""
+        return next((row for row in reversed(self._rows) if row["settings"] == settings), None)
+
+    def add(self, row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """Keep a row under its settings."""
+        row = {**row, "settings": json.loads(json.dumps(settings)), "stamp": self._stamp}
+        self._rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
