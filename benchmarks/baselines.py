@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from ways import CLASSES, Cell, Source, Way
 
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
@@ -18,6 +17,7 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.stopwatch import Stopwatch
 
 from drawn_slide import tile_coords
+from ways import CLASSES, Cell, Source, Way
 
 LABEL = 1
 # Tiles whose features are computed at once where no gradient is wanted.
@@ -87,24 +87,34 @@ class Plain(Baseline):
 class Frozen(Baseline):
     """Features once, to disk; then steps of the aggregator alone: how fast a step is that trains no encoder."""
 
+    def __init__(self, cell: Cell, source: Source, device: torch.device) -> None:
+        super().__init__(cell, source, device)
+        self._folder = tempfile.TemporaryDirectory()
+        self._file = Path(self._folder.name) / "features.pt"
+
+    def prepare(self, k: int) -> None:
+        """The features; the time that they take goes to the row, as `features_s`."""
+        begin = time.perf_counter()
+        torch.save(self._encode(k), self._file)
+        self.details["features_s"] = time.perf_counter() - begin
+
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
-        """The time of the features themselves is no step's; it goes to the row, as `features_s`."""
+        """Of the aggregator."""
         watch = self._watch
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "features.pt"
-            begin = time.perf_counter()
-            torch.save(self._encode(k), file)
-            self.details["features_s"] = time.perf_counter() - begin
-            for _ in range(count):
-                watch.start()
-                features = torch.load(file, map_location=self.device, weights_only=True)
-                watch.lap("reading")
-                loss = self._loss(self._model, features)
-                loss.backward()
-                watch.lap("aggregate")
-                self._update()
-                watch.lap("optimizer")
-                yield watch.seconds()
+        for _ in range(count):
+            watch.start()
+            features = torch.load(self._file, map_location=self.device, weights_only=True)
+            watch.lap("reading")
+            self._loss(self._model, features).backward()
+            watch.lap("aggregate")
+            self._update()
+            watch.lap("optimizer")
+            yield watch.seconds()
+
+    def close(self) -> None:
+        """And delete the features."""
+        super().close()
+        self._folder.cleanup()
 
     def _encode(self, k: int) -> Tensor:
         parts = []
@@ -128,6 +138,7 @@ class Hub(Baseline):
     def __init__(self, cell: Cell, source: Source, device: torch.device) -> None:
         super().__init__(cell, source, device)
         self._rank, self._encoders = dist.get_rank(), dist.get_world_size() - 1
+        self.tile_ranks = self._encoders
         group = dist.new_group(list(range(1, self._encoders + 1)))
         if self._rank:
             self._encoder = DistributedDataParallel(self._model.encoder, process_group=group)

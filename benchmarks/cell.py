@@ -9,24 +9,29 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import KINDS
-from harness import OUT_OF_MEMORY, Ended, Limits, run_world
 from torch import Tensor
-from ways import POLICIES, Cell, EngineWay, Source, Way
 
+from slidescale.engine import step
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.logger import configure_logging
+from slidescale.engine.memory.two_pass import Backward, Chunks, Encoded
 from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, reset_peak
+from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import is_main_rank, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
 
+from baselines import KINDS
+from harness import OUT_OF_MEMORY, Ended, Limits, run_world
+from ways import POLICIES, Cell, EngineWay, Source, Way
+
 # Tiles of the step before the timed ones: enough to compile, to allocate and to make the optimizer's state.
 WARM_UP = 64
-# A wrong gradient on purpose, to see that it is found: each chunk's is this much too large. For tests.
+# Set in the environment, the engine's gradients are wrong on purpose, for the test that this is found.
 PLANTED = "SLIDESCALE_PLANT_WRONG_GRADIENT"
 
 
@@ -68,12 +73,15 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
     if not alone:
         start_world(device)
     world = RankGroup() if alone else RankGroup(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if PLANTED in os.environ:
+        plant_wrong_gradient()
     way = make_way(cell, Source(slide, cell), device, result.parent / f"{result.stem}-offload")
     start = {name: value.clone() for name, value in way.parameters()} if write else {}
     list(way.spend(min(cell.k, WARM_UP), 1))
     reset_peak(device)
     base = held_bytes(device)
-    spent = list(way.spend(cell.k, cell.steps))
+    with way.communication or nullcontext():
+        spent = list(way.spend(cell.k, cell.steps))
     memory = [(peak_gib(device), base / GIB)]
     if not alone:
         memory = world.gather_objects(memory[0])
@@ -82,12 +90,15 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
     in_all = sum(each.step_s for each in spent)
     row = {
         "k": cell.k, "policy": cell.policy, "strategy": cell.strategy, "ranks": cell.ranks, "encoder": cell.encoder,
-        "tile": cell.tile, "chunk": way.chunk or -(-cell.k // cell.ranks), "dtype": cell.dtype, "device": cell.device,
+        "tile": cell.tile, "dtype": cell.dtype, "device": cell.device,
+        "chunk": way.chunk or -(-cell.k // way.tile_ranks), "tile_ranks": way.tile_ranks,
         "peak_gib": peak_of_fullest, "base_gib": base_of_fullest, "step_s": step_s, "tiles_per_s": cell.k / step_s,
         "slides_per_h": 3600 / step_s, "steps_s": [each.step_s for each in spent],
         "shares": {phase: sum(each.phases[phase] for each in spent) / in_all for phase in spent[0].phases},
         "threads": torch.get_num_threads(), **way.details,
     }  # fmt: skip
+    if way.communication:
+        row["communication"] = way.communication.told(cell.steps)
     if write:
         torch.save({"start": start, "end": dict(way.parameters())}, write)
     if compare:
@@ -96,6 +107,18 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
     if is_main_rank():
         result.write_text(json.dumps(row), encoding="utf-8")
     stop_world()
+
+
+def plant_wrong_gradient() -> None:
+    """Keep from the encoder what the first chunk's tiles say."""
+    original = step.backpropagate
+
+    def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward: Backward) -> None:
+        assert encoded.features.grad is not None
+        encoded.features.grad[: chunks.size] = 0
+        original(model, chunks, encoded, backward)
+
+    step.backpropagate = backpropagate
 
 
 def make_way(cell: Cell, source: Source, device: torch.device, folder: Path) -> Way:

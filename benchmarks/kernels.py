@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ahead_of_time import Shape, compile_all, describe
-from page import table, write_section
 from torch import Tensor
 
 from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
@@ -31,6 +29,9 @@ from slidescale.kernels.gated_attention import Gate, gated_attention
 from slidescale.kernels.gated_attention.reference import gated_attention as define_attention
 from slidescale.kernels.tile_prep import prepare_tiles
 from slidescale.kernels.tile_prep.reference import prepare_tiles as define_tiles
+
+from ahead_of_time import Shape, compile_all, describe
+from page import table, write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 MIB = 1024**2

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawn_slide import tile_coords
 from torch import Tensor
 
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
@@ -29,6 +28,9 @@ from slidescale.engine.parallel.mesh import Mesh, make_mesh
 from slidescale.engine.parallel.select import StrategyName, make_strategy
 from slidescale.engine.step import TrainStep
 from slidescale.kernels.dispatch import choose_kernels
+
+from communication import Communication, CountingStopwatch
+from drawn_slide import tile_coords
 
 POLICIES = ("keep", "recompute", "offload", "auto")
 BASELINES = ("plain", "checkpoint", "hub", "frozen")
@@ -55,6 +57,7 @@ class Cell:
         steps: timed.
         budget: bytes that policy auto may take, each rank; 0: as the engine finds.
         parts: of the model that train, "all" or "aggregator".
+        counted: count what ranks say to each other, which costs some of the time.
     """
 
     policy: str
@@ -69,6 +72,7 @@ class Cell:
     steps: int
     budget: int = 0
     parts: str = "all"
+    counted: bool = False
 
     def config(self, offload_folder: Path | None = None) -> Config:
         """As a recipe would have it."""
@@ -143,8 +147,10 @@ class Way(ABC):
         self.cell = cell
         self.source = source
         self.device = device
+        self.tile_ranks = cell.ranks  # that encode
         self.chunk = 0
         self.details: dict[str, Any] = {}  # for the row
+        self.communication = Communication() if cell.counted else None
         # As the engine does for a run with a budget, or without.
         (return_freed_memory if cell.budget and cell.policy == "auto" else keep_freed_memory)()
 
@@ -157,11 +163,15 @@ class Way(ABC):
 
     def spend(self, k: int, count: int) -> Iterator[Spent]:
         """Take `count` steps on a bag of K tiles; every rank does."""
+        self.prepare(k)
         begin = time.perf_counter()
         for phases in self.steps(k, count):
             end = time.perf_counter()
             yield Spent(end - begin, phases)
             begin = end
+
+    def prepare(self, k: int) -> None:  # noqa: B027 (most need nothing)
+        """What comes once before the steps on a bag of K tiles, and is in no step's time."""
 
     @abstractmethod
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
@@ -202,6 +212,8 @@ class EngineWay(Way):
         self._offload = make_offload(config, folder, self._mesh, device)
         objective = CrossEntropy((), len(CLASSES)).to(device)
         self._step = TrainStep(self._strategy, objective, self._mesh, chunk=plan.chunk, offload=self._offload)
+        if self.communication:
+            self._step.stopwatch = CountingStopwatch(device, self.communication)
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
         """An epoch of as many slides."""
@@ -219,5 +231,3 @@ class EngineWay(Way):
         super().close()
         if self._offload:
             self._offload.close()
-
-

@@ -89,7 +89,7 @@ def run(config: Config) -> Path:
     check_launcher()
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
     strategy_name = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and _has_bf16(device))
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and has_bf16(device))
     ds_content = read_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     if ds_content is not None:
         bf16 = uses_bf16(complete_ds_config(ds_content, config, None, bf16=bf16))
@@ -307,7 +307,7 @@ def _count_parameters(model: torch.nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Whether the device runs bf16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -65,6 +65,7 @@ class TrainStep:
         self.stopwatch.start()
         with self.strategy.accumulate(step.backwards):
             for share in step.shares:
+                self.stopwatch.lap("reading")
                 losses |= self._add(share)
         self.stopwatch.lap("reduction")
         try:
@@ -72,7 +73,8 @@ class TrainStep:
         except TrainingError as error:
             raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
         self.stopwatch.lap("optimizer")
-        return StepResult(sum(losses.values()) / len(losses), gradient_norm, self.stopwatch.seconds())
+        seconds = self.stopwatch.seconds() | {"reading": step.waited_s}  # for the first slot the feed has waited before
+        return StepResult(sum(losses.values()) / len(losses), gradient_norm, seconds)
 
     def _add(self, share: Share) -> dict[str, float]:
         """Add the gradients of one slot, and leave nothing else of it behind; the losses of its slides."""
@@ -80,7 +82,6 @@ class TrainStep:
         bag, offset = share.bag, group.share(share.bag.k).start
         tiles = share.tiles.to(strategy.device, non_blocking=True)
         chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
-        lap("reading")
         with self._offloading() as saving:
             encoded = encode(model, chunks, share.stored, saving)
             lap("pass 1")

@@ -1,0 +1,225 @@
+r"""What ranks say to each other under each strategy: bytes a step, by phase, beside time and memory.
+
+    python benchmarks/strategies.py --ranks 2 --encoder resnet18 --tile 224 --k 64 --policy recompute \
+        --strategy ddp zero0 zero1 zero2 zero3 fsdp --device cpu --out results/
+
+Each strategy's result is first compared with plain autograd: where it is wrong, no speed is told, and the exit status
+is 1. Bytes are counted in processes of their own, since counting takes time; and at several K, to see that the merge of
+the ranks' pooled features takes as many whatever K is. Where it does not, the exit status is 1 as well.
+
+In --out: strategies.jsonl (a row a cell), logs/ (what each cell's processes printed).
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scale_k import HEAD, PAGE
+
+from slidescale.engine.main import has_bf16
+from slidescale.engine.memory.usage import available_bytes, format_size
+from slidescale.engine.stopwatch import PHASES
+
+from cell import measure
+from communication import total
+from drawn_slide import write_slide
+from harness import Ended, Limits, Rows, describe_machine, tell_machine
+from judgement import Judge
+from page import table, write_section
+from ways import POLICIES, STRATEGIES, Cell
+
+# Steps whose bytes are counted; the mean of them is told.
+COUNTED_STEPS = 2
+# The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.
+SHARE_OF_FREE = 0.9
+
+
+def measure_all(args: argparse.Namespace, rows: Rows, slide: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row of time and memory for each strategy, and one of bytes for each strategy that is right, and K."""
+    device = torch.device(args.device)
+    alone = Limits(args.time_limit, int(SHARE_OF_FREE * available_bytes(device)))
+    shared = Limits(args.time_limit, alone.bytes // (args.ranks if args.device == "cpu" else 1))
+    judge = Judge(slide=slide, limits=alone, folder=args.out / "logs")
+    timed, counted = [], []
+    for strategy in args.strategy:
+        cell = Cell(
+            policy=args.policy, strategy=strategy, ranks=args.ranks, k=args.k, encoder=args.encoder, tile=args.tile,
+            chunk=args.chunk, dtype=args.dtype, device=args.device, steps=args.steps,
+        )  # fmt: skip
+        log = args.out / "logs" / f"{strategy}-{args.ranks}.log"
+        row = rows.find(cell.as_dict()) or rows.add(
+            _row(cell, *judge.judge(cell, limits=shared, log=log)), cell.as_dict()
+        )
+        print(f"{strategy}: {_tell(row)}", flush=True)
+        timed.append(row)
+        if row["status"] != "ok":
+            continue  # what a wrong step says is not what a right one would
+        for k in sorted({args.k, *args.merge_k}):
+            cell = replace(cell, k=k, steps=COUNTED_STEPS, counted=True)
+            log = args.out / "logs" / f"{strategy}-{args.ranks}-{k}-counted.log"
+            row = rows.find(cell.as_dict()) or rows.add(
+                _row(cell, *measure(cell, slide=slide, limits=shared, log=log)), cell.as_dict()
+            )
+            print(f"{strategy}, K = {k:,}, counted: {_tell(row)}", flush=True)
+            counted.append(row)
+    return timed, counted
+
+
+def tell(args: argparse.Namespace, timed: list[dict[str, Any]], counted: list[dict[str, Any]]) -> str:
+    """The tables."""
+    ddp = next((row["step_s"] for row in timed if row["strategy"] == "ddp" and row["status"] == "ok"), None)
+    times = []
+    for row in timed:
+        error = f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+        if row["status"] != "ok":
+            times.append([row["strategy"], f"**{row['status']}**", "", "", "", error])
+            continue
+        ratio = f"{row['step_s'] / ddp:.2f}" if ddp else ""
+        memory = [f"{row['peak_gib']:.2f}", f"{row['base_gib']:.2f}"]
+        times.append([row["strategy"], f"{row['step_s']:.3g}", ratio, *memory, error])
+    at_k = [row for row in counted if row["k"] == args.k]
+    header = ["strategy", *(name for phase in PHASES for name in _columns(phase)), "in all", "calls"]
+    return "\n\n".join([
+        f"Time and memory of a rank, at K = {args.k:,}; the error is that of the model's change over {args.steps} "
+        "steps, against plain autograd:",
+        table(["strategy", "step s", "× ddp", "peak GiB", "of it held", "error"], times),
+        "Bytes that a rank sends in a step, in rings of equal parts (gloo sends more: its reduce-scatter is an "
+        "all-reduce). Under fsdp the reduction is part of pass 2:",
+        table(header, [_bytes_of(row, "wire") for row in at_k]),
+        "Bytes that a rank hands over in a step: the whole of what is reduced, or is there after a gather:",
+        table(header, [_bytes_of(row, "payload") for row in at_k]),
+        "The merge of the ranks' pooled features, with its backward, and all else that a rank sends in a step, as K "
+        "grows:",
+        table(["strategy", "K", "chunks", "merge, sent", "all else, sent"], [_growth_of(row) for row in counted]),
+    ])  # fmt: skip
+
+
+def unequal_merges(counted: list[dict[str, Any]]) -> list[str]:
+    """A line for each strategy whose merge does not take the same number of bytes at each K, or takes none."""
+    lines = []
+    for strategy in dict.fromkeys(row["strategy"] for row in counted):
+        found = {row["k"]: merge(row, "payload") for row in counted if row["strategy"] == strategy and _is_ok(row)}
+        if found and (len(set(found.values())) > 1 or not all(found.values())):
+            told = ", ".join(f"{size:,.0f} B at K = {k:,}" for k, size in found.items())
+            lines.append(f"{strategy}: the merge takes {told}")
+    return lines
+
+
+def merge(row: dict[str, Any], what: str) -> float:
+    """Bytes of the all-reduces around pooling; gathers in the same phase are of the aggregator's parameters."""
+    return total({"aggregate": row["communication"].get("aggregate", [])}, what, operation="all-reduce")
+
+
+def _is_ok(row: dict[str, Any]) -> bool:
+    return row["status"] == "ok"
+
+
+def _row(cell: Cell, ended: Ended, measured: dict[str, Any]) -> dict[str, Any]:
+    return {"strategy": cell.strategy, "k": cell.k, **measured, "status": ended.status, "message": ended.message}
+
+
+def _tell(row: dict[str, Any]) -> str:
+    if not _is_ok(row):
+        return f"{row['status']}: {row['message']}"
+    if "communication" in row:
+        return f"{format_size(total(row['communication'], 'wire'))} sent a step"
+    return f"{row['step_s']:.3g} s a step, {row['peak_gib']:.2f} GiB"
+
+
+def _columns(phase: str) -> tuple[str, ...]:
+    """The phase of aggregation is told in two: what it is about, and what gathers parameters for it."""
+    return ("merge", "aggregator's gathers") if phase == "aggregate" else (phase,)
+
+
+def _bytes_of(row: dict[str, Any], what: str) -> list[str]:
+    """A line of the table by phase."""
+    if not _is_ok(row):
+        return [row["strategy"], f"**{row['status']}**", *[""] * (len(PHASES) + 2)]
+    cells = []
+    for phase in PHASES:
+        size = total({phase: row["communication"].get(phase, [])}, what)
+        merged = merge(row, what)
+        cells += [merged, size - merged] if phase == "aggregate" else [size]
+    calls = total(row["communication"], "calls")
+    return [row["strategy"], *(f"{size:,.0f}" for size in (*cells, sum(cells))), f"{calls:,.0f}"]
+
+
+def _growth_of(row: dict[str, Any]) -> list[str]:
+    """A line of the table over K."""
+    if not _is_ok(row):
+        return [row["strategy"], f"{row['k']:,}", f"**{row['status']}**", "", ""]
+    merged = merge(row, "wire")
+    rest = total(row["communication"], "wire") - merged
+    return [row["strategy"], f"{row['k']:,}", f"{row['chunks']:,}", f"{merged:,.0f}", f"{rest:,.0f}"]
+
+
+def main() -> int:
+    """Measure, print and write; the exit status."""
+    args = parse()
+    stamp = describe_machine(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = Rows(args.out / "strategies.jsonl", stamp)
+    print(f"{len(args.strategy)} strategies on {args.ranks} ranks; {tell_machine(stamp)}", flush=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        slide = Path(folder) / "slide.tiff"
+        write_slide(slide, max(args.k, *args.merge_k), args.tile)
+        timed, counted = measure_all(args, rows, slide)
+    text = tell(args, timed, counted)
+    print(f"\n{text}\n\n{args.out / 'strategies.jsonl'}")
+    if not args.no_page:
+        command = f"    python benchmarks/strategies.py {shlex.join(sys.argv[1:])}"
+        parts = ["## What the strategies say to each other", command, f"{tell_machine(stamp)}.", text]
+        write_section(args.page, HEAD, "strategies", "\n\n".join(parts))
+    wrong = [row for row in (*timed, *counted) if row["status"] in ("wrong gradient", "failed")]
+    lines = [f"{row['status'].upper()}: {row['strategy']}, K = {row['k']:,}: {row['message']}" for row in wrong]
+    lines += [f"NOT CONSTANT IN K: {line}" for line in unequal_merges(counted)]
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 1 if lines else 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        SystemExit: with what is wrong.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", nargs="+", default=list(STRATEGIES[1:]), choices=STRATEGIES[1:])
+    parser.add_argument("--ranks", type=int, default=2, help="processes that share the slide, 2 or more")
+    parser.add_argument("--k", type=int, default=64, help="tiles of the slide")
+    parser.add_argument("--merge-k", type=int, nargs="+", default=[16, 64, 256], help="where bytes are counted, too")
+    parser.add_argument("--policy", default="recompute", choices=POLICIES)
+    parser.add_argument("--encoder", default="resnet18", help="any timm model")
+    parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
+    parser.add_argument("--chunk", default="auto", help="tiles that go through the encoder at once, or auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
+    parser.add_argument("--steps", type=int, default=3, help="steps to time, 3 or more; their median is told")
+    parser.add_argument("--time-limit", type=float, default=3600, help="of a cell, s")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
+    parser.add_argument("--no-page", action="store_true", help="write no page")
+    args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error(f"--ranks {args.ranks}: one rank has nobody to talk to")
+    if args.steps < 3:
+        parser.error(f"--steps {args.steps}: faults that are right at the first step would not be seen, 3 or more")
+    if min(args.k, *args.merge_k) < 1:
+        parser.error("--k and --merge-k are 1 or more")
+    if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
+        parser.error(f"--ranks {args.ranks}: this machine has {torch.cuda.device_count()} GPUs")
+    if args.chunk != "auto":
+        args.chunk = int(args.chunk)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
