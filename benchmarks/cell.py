@@ -9,7 +9,6 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +79,7 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
     list(way.spend(min(cell.k, WARM_UP), 1))
     reset_peak(device)
     base = held_bytes(device)
-    with way.communication or nullcontext():
-        spent = list(way.spend(cell.k, cell.steps))
+    spent = list(way.spend(cell.k, cell.steps))
     memory = [(peak_gib(device), base / GIB)]
     if not alone:
         memory = world.gather_objects(memory[0])
@@ -97,12 +95,13 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
         "shares": {phase: sum(each.phases[phase] for each in spent) / in_all for phase in spent[0].phases},
         "threads": torch.get_num_threads(), **way.details,
     }  # fmt: skip
-    if way.communication:
-        row["communication"] = way.communication.told(cell.steps)
     if write:
         torch.save({"start": start, "end": dict(way.parameters())}, write)
     if compare:
         row["change_error"] = change_error(way.parameters(), torch.load(compare, weights_only=True), cell.parts)
+    if cell.counted:
+        assert isinstance(way, EngineWay), "baselines are not counted"
+        row["communication"] = {k: way.count(k) for k in cell.counted}
     way.close()
     if is_main_rank():
         result.write_text(json.dumps(row), encoding="utf-8")

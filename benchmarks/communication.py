@@ -138,9 +138,9 @@ class Communication(TorchDispatchMode):
             raise RuntimeError(f"{len(self._unclaimed)} calls after the last lap, the first is {self._unclaimed[0]}")
         return self._calls
 
-    def told(self, steps: int) -> dict[str, list[dict[str, Any]]]:
-        """The sums of each phase, operation and number of ranks, a step of so many; for JSON."""
-        return {phase: list(_sums(calls, steps)) for phase, calls in self.calls().items() if calls}
+    def told(self) -> dict[str, list[dict[str, Any]]]:
+        """The sums of each phase, operation and number of ranks; for JSON."""
+        return {phase: list(_sums(calls)) for phase, calls in self.calls().items() if calls}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what is a collective, and do all as without."""
@@ -177,22 +177,19 @@ class CountingStopwatch(Stopwatch):
 
 
 def total(phases: dict[str, list[dict[str, Any]]], what: str, *, operation: str | None = None) -> float:
-    """The sum of "calls", "payload" or "wire" over phases as `Communication.told` gives them, of one operation or all.
-
-    Bytes, or calls, a step.
-    """
+    """The sum of "calls", "payload" or "wire" over phases as `Communication.told` gives them, of one operation or all."""
     return sum(
         each[what] for phase in phases.values() for each in phase if operation is None or each["operation"] == operation
     )
 
 
-def _sums(calls: list[Call], steps: int) -> Iterator[dict[str, Any]]:
+def _sums(calls: list[Call]) -> Iterator[dict[str, Any]]:
     counts = Counter((call.operation, call.ranks) for call in calls)
     for (operation, ranks), count in counts.items():
         same = [call for call in calls if (call.operation, call.ranks) == (operation, ranks)]
         yield {
-            "operation": operation, "ranks": ranks, "calls": count / steps,
-            "payload": sum(call.payload for call in same) / steps, "wire": sum(call.wire for call in same) / steps,
+            "operation": operation, "ranks": ranks, "calls": count,
+            "payload": sum(call.payload for call in same), "wire": sum(call.wire for call in same),
         }  # fmt: skip
 
 

@@ -168,15 +168,21 @@ class Rows:
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The latest row with these settings."""
-        return next((row for row in reversed(self._rows) if row["settings"] == settings), None)
+        wanted = _as_json(settings)
+        return next((row for row in reversed(self._rows) if row["settings"] == wanted), None)
 
     def add(self, row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         """Keep a row under its settings."""
-        row = {**row, "settings": json.loads(json.dumps(settings)), "stamp": self._stamp}
+        row = _as_json({**row, "settings": settings, "stamp": self._stamp})
         self._rows.append(row)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it is read again: tuples are lists, and keys texts."""
+    return json.loads(json.dumps(value))
 
 
 def _is_whole(line: str) -> bool:

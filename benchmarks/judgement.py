@@ -15,8 +15,8 @@ from ways import Cell
 BOUND = 1e-4
 # bf16 rounds at other places in each way to train; PyTorch's own error by that, in plain autograd, is the measure.
 TIMES_PLAIN = 2.0
-# What is not told of a cell that is wrong.
-SPEEDS = ("step_s", "steps_s", "tiles_per_s", "slides_per_h", "shares", "features_s")
+# What is not told of a cell that is wrong, for a right one's may be otherwise.
+SPEEDS = ("step_s", "steps_s", "tiles_per_s", "slides_per_h", "shares", "features_s", "communication")
 
 
 class Judge:
@@ -99,4 +99,4 @@ class Judge:
 
 def plain_autograd(cell: Cell, dtype: str) -> Cell:
     """The cell that trains the same parts of the same model on the same tiles, on one rank, by plain autograd."""
-    return replace(cell, policy="plain", strategy="single", ranks=1, chunk="auto", budget=0, dtype=dtype, counted=False)
+    return replace(cell, policy="plain", strategy="single", ranks=1, chunk="auto", budget=0, dtype=dtype, counted=())

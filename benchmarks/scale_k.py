@@ -81,8 +81,8 @@ def configurations(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
 
 
 def steps_at(k: int, args: argparse.Namespace) -> int:
-    """How many steps are timed."""
-    return max(args.steps, math.ceil(args.least_tiles / k))
+    """How many steps are timed; at the smallest K, where the result is compared, at least three."""
+    return max(args.steps, 3 if k == min(args.k) else math.ceil(args.least_tiles / k))
 
 
 def limit_of_memory(cell: Cell, args: argparse.Namespace) -> int:
@@ -303,8 +303,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", default="auto", help="tiles that go through the encoder at once, or auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
-    parser.add_argument("--steps", type=int, default=3, help="steps to time; their median is told")
-    parser.add_argument("--least-tiles", type=int, default=0, help="more steps at a small K, until so many tiles")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps to time (at the smallest K, 3 at least); their median is told"
+    )
+    parser.add_argument(
+        "--least-tiles",
+        type=int,
+        default=0,
+        help="more steps where K is small (not at the smallest), until so many tiles",
+    )
     parser.add_argument(
         "--memory-limit", default="auto", metavar="SIZE", help="of a rank, such as 6GiB; auto: what is free"
     )

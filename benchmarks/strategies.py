@@ -4,17 +4,17 @@ r"""What ranks say to each other under each strategy: bytes a step, by phase, be
         --strategy ddp zero0 zero1 zero2 zero3 fsdp --device cpu --out results/
 
 Each strategy's result is first compared with plain autograd: where it is wrong, no speed is told, and the exit status
-is 1. Bytes are counted in processes of their own, since counting takes time; and at several K, to see that the merge of
-the ranks' pooled features takes as many whatever K is. Where it does not, the exit status is 1 as well.
+is 1. Bytes are counted in further steps, since counting takes time; and at several K, to see that the merge of the
+ranks' pooled features takes as many whatever K is. Where it does not, the exit status is 1 as well.
 
 In --out: strategies.jsonl (a row a cell), logs/ (what each cell's processes printed).
 """
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +25,51 @@ from slidescale.engine.main import has_bf16
 from slidescale.engine.memory.usage import available_bytes, format_size
 from slidescale.engine.stopwatch import PHASES
 
-from cell import measure
 from communication import total
 from drawn_slide import write_slide
-from harness import Ended, Limits, Rows, describe_machine, tell_machine
+from harness import Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
 from page import table, write_section
 from ways import POLICIES, STRATEGIES, Cell
 
-# Steps whose bytes are counted; the mean of them is told.
-COUNTED_STEPS = 2
 # The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.
 SHARE_OF_FREE = 0.9
 
 
-def measure_all(args: argparse.Namespace, rows: Rows, slide: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row of time and memory for each strategy, and one of bytes for each strategy that is right, and K."""
+def measure_all(args: argparse.Namespace, rows: Rows, slide: Path) -> list[dict[str, Any]]:
+    """A row for each strategy."""
     device = torch.device(args.device)
     alone = Limits(args.time_limit, int(SHARE_OF_FREE * available_bytes(device)))
     shared = Limits(args.time_limit, alone.bytes // (args.ranks if args.device == "cpu" else 1))
     judge = Judge(slide=slide, limits=alone, folder=args.out / "logs")
-    timed, counted = [], []
+    found = []
     for strategy in args.strategy:
         cell = Cell(
             policy=args.policy, strategy=strategy, ranks=args.ranks, k=args.k, encoder=args.encoder, tile=args.tile,
             chunk=args.chunk, dtype=args.dtype, device=args.device, steps=args.steps,
+            counted=tuple(sorted({args.k, *args.merge_k})),
         )  # fmt: skip
-        log = args.out / "logs" / f"{strategy}-{args.ranks}.log"
-        row = rows.find(cell.as_dict()) or rows.add(
-            _row(cell, *judge.judge(cell, limits=shared, log=log)), cell.as_dict()
-        )
+        row = rows.find(cell.as_dict())
+        if row is None:
+            ended, measured = judge.judge(cell, limits=shared, log=args.out / "logs" / f"{strategy}-{args.ranks}.log")
+            row = {"strategy": strategy, "k": args.k, **measured, "status": ended.status, "message": ended.message}
+            row = rows.add(row, cell.as_dict())
         print(f"{strategy}: {_tell(row)}", flush=True)
-        timed.append(row)
-        if row["status"] != "ok":
-            continue  # what a wrong step says is not what a right one would
-        for k in sorted({args.k, *args.merge_k}):
-            cell = replace(cell, k=k, steps=COUNTED_STEPS, counted=True)
-            log = args.out / "logs" / f"{strategy}-{args.ranks}-{k}-counted.log"
-            row = rows.find(cell.as_dict()) or rows.add(
-                _row(cell, *measure(cell, slide=slide, limits=shared, log=log)), cell.as_dict()
-            )
-            print(f"{strategy}, K = {k:,}, counted: {_tell(row)}", flush=True)
-            counted.append(row)
-    return timed, counted
+        found.append(row)
+    return found
+
+
+def counts_of(timed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each strategy that ran says at each K, as rows of their own."""
+    return [
+        {
+            "strategy": row["strategy"], "k": int(k), "chunks": math.ceil(int(k) / row["ranks"] / row["chunk"]),
+            "communication": communication,
+        }
+        for row in timed
+        if row["status"] == "ok"
+        for k, communication in row["communication"].items()
+    ]  # fmt: skip
 
 
 def tell(args: argparse.Namespace, timed: list[dict[str, Any]], counted: list[dict[str, Any]]) -> str:
@@ -103,7 +105,7 @@ def unequal_merges(counted: list[dict[str, Any]]) -> list[str]:
     """A line for each strategy whose merge does not take the same number of bytes at each K, or takes none."""
     lines = []
     for strategy in dict.fromkeys(row["strategy"] for row in counted):
-        found = {row["k"]: merge(row, "payload") for row in counted if row["strategy"] == strategy and _is_ok(row)}
+        found = {row["k"]: merge(row, "payload") for row in counted if row["strategy"] == strategy}
         if found and (len(set(found.values())) > 1 or not all(found.values())):
             told = ", ".join(f"{size:,.0f} B at K = {k:,}" for k, size in found.items())
             lines.append(f"{strategy}: the merge takes {told}")
@@ -115,20 +117,11 @@ def merge(row: dict[str, Any], what: str) -> float:
     return total({"aggregate": row["communication"].get("aggregate", [])}, what, operation="all-reduce")
 
 
-def _is_ok(row: dict[str, Any]) -> bool:
-    return row["status"] == "ok"
-
-
-def _row(cell: Cell, ended: Ended, measured: dict[str, Any]) -> dict[str, Any]:
-    return {"strategy": cell.strategy, "k": cell.k, **measured, "status": ended.status, "message": ended.message}
-
-
 def _tell(row: dict[str, Any]) -> str:
-    if not _is_ok(row):
+    if row["status"] != "ok":
         return f"{row['status']}: {row['message']}"
-    if "communication" in row:
-        return f"{format_size(total(row['communication'], 'wire'))} sent a step"
-    return f"{row['step_s']:.3g} s a step, {row['peak_gib']:.2f} GiB"
+    sent = format_size(total(row["communication"][str(row["k"])], "wire"))
+    return f"{row['step_s']:.3g} s a step, {row['peak_gib']:.2f} GiB, {sent} sent by a rank"
 
 
 def _columns(phase: str) -> tuple[str, ...]:
@@ -138,8 +131,6 @@ def _columns(phase: str) -> tuple[str, ...]:
 
 def _bytes_of(row: dict[str, Any], what: str) -> list[str]:
     """A line of the table by phase."""
-    if not _is_ok(row):
-        return [row["strategy"], f"**{row['status']}**", *[""] * (len(PHASES) + 2)]
     cells = []
     for phase in PHASES:
         size = total({phase: row["communication"].get(phase, [])}, what)
@@ -151,8 +142,6 @@ def _bytes_of(row: dict[str, Any], what: str) -> list[str]:
 
 def _growth_of(row: dict[str, Any]) -> list[str]:
     """A line of the table over K."""
-    if not _is_ok(row):
-        return [row["strategy"], f"{row['k']:,}", f"**{row['status']}**", "", ""]
     merged = merge(row, "wire")
     rest = total(row["communication"], "wire") - merged
     return [row["strategy"], f"{row['k']:,}", f"{row['chunks']:,}", f"{merged:,.0f}", f"{rest:,.0f}"]
@@ -168,14 +157,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         slide = Path(folder) / "slide.tiff"
         write_slide(slide, max(args.k, *args.merge_k), args.tile)
-        timed, counted = measure_all(args, rows, slide)
+        timed = measure_all(args, rows, slide)
+    counted = counts_of(timed)
     text = tell(args, timed, counted)
     print(f"\n{text}\n\n{args.out / 'strategies.jsonl'}")
     if not args.no_page:
         command = f"    python benchmarks/strategies.py {shlex.join(sys.argv[1:])}"
-        parts = ["## What the strategies say to each other", command, f"{tell_machine(stamp)}.", text]
+        parts = ["## What ranks say to each other, by strategy", command, f"On {tell_machine(stamp)}.", text]
         write_section(args.page, HEAD, "strategies", "\n\n".join(parts))
-    wrong = [row for row in (*timed, *counted) if row["status"] in ("wrong gradient", "failed")]
+    wrong = [row for row in timed if row["status"] in ("wrong gradient", "failed")]
     lines = [f"{row['status'].upper()}: {row['strategy']}, K = {row['k']:,}: {row['message']}" for row in wrong]
     lines += [f"NOT CONSTANT IN K: {line}" for line in unequal_merges(counted)]
     for line in lines:
@@ -193,7 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strategy", nargs="+", default=list(STRATEGIES[1:]), choices=STRATEGIES[1:])
     parser.add_argument("--ranks", type=int, default=2, help="processes that share the slide, 2 or more")
     parser.add_argument("--k", type=int, default=64, help="tiles of the slide")
-    parser.add_argument("--merge-k", type=int, nargs="+", default=[16, 64, 256], help="where bytes are counted, too")
+    parser.add_argument("--merge-k", type=int, nargs="*", default=[16, 64, 256], help="where bytes are counted, too")
     parser.add_argument("--policy", default="recompute", choices=POLICIES)
     parser.add_argument("--encoder", default="resnet18", help="any timm model")
     parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")

@@ -57,7 +57,7 @@ class Cell:
         steps: timed.
         budget: bytes that policy auto may take, each rank; 0: as the engine finds.
         parts: of the model that train, "all" or "aggregator".
-        counted: count what ranks say to each other, which costs some of the time.
+        counted: numbers of tiles at which to count, in the end, what ranks say to each other (of the engine only).
     """
 
     policy: str
@@ -72,7 +72,7 @@ class Cell:
     steps: int
     budget: int = 0
     parts: str = "all"
-    counted: bool = False
+    counted: tuple[int, ...] = ()
 
     def config(self, offload_folder: Path | None = None) -> Config:
         """As a recipe would have it."""
@@ -150,7 +150,6 @@ class Way(ABC):
         self.tile_ranks = cell.ranks  # that encode
         self.chunk = 0
         self.details: dict[str, Any] = {}  # for the row
-        self.communication = Communication() if cell.counted else None
         # As the engine does for a run with a budget, or without.
         (return_freed_memory if cell.budget and cell.policy == "auto" else keep_freed_memory)()
 
@@ -212,14 +211,21 @@ class EngineWay(Way):
         self._offload = make_offload(config, folder, self._mesh, device)
         objective = CrossEntropy((), len(CLASSES)).to(device)
         self._step = TrainStep(self._strategy, objective, self._mesh, chunk=plan.chunk, offload=self._offload)
-        if self.communication:
-            self._step.stopwatch = CountingStopwatch(device, self.communication)
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
         """An epoch of as many slides."""
         cohort = self.source.cohort(k, count, self._mesh)
         for batch in Feed(self._config, cohort, self.source.reader, self._mesh, self._plan).epoch(0):
             yield self._step(batch).seconds
+
+    def count(self, k: int) -> dict[str, list[dict[str, Any]]]:
+        """What a rank says to others in a step on K tiles, as `Communication.told` has it."""
+        communication, timing = Communication(), self._step.stopwatch
+        self._step.stopwatch = CountingStopwatch(self.device, communication)
+        with communication:
+            list(self.steps(k, 1))
+        self._step.stopwatch = timing
+        return communication.told()
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Put together from all ranks."""

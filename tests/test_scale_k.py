@@ -106,7 +106,7 @@ def test_wrong_settings_are_told(
         (["--k", "0"], "must be at least 1"),
         (["--ranks", "2", "--device", "cuda"], "PyTorch sees 1 GPUs here"),
     ):
-        monkeypatch.setattr(sys, "argv", ["scale_k.py", *words])
+        monkeypatch.setattr(sys, "argv", ["scale_k.py", *SMALL, *words])
         with pytest.raises(SystemExit) as ended:
             benchmark.parse()
         assert ended.value.code == 2
