@@ -42,10 +42,10 @@ bench-full: $(VENV)/ready-to-bench
 	$(BENCH)/scale_k.py --k 64 256 1024 4096 --memory-limit 6GiB --budget 3GiB --policy recompute auto \
 		--strategy single --ranks 1 2 --baseline plain hub --out results/growth \
 		--section growth --title "Tiles of full size, up to K = 4,096"
-	$(BENCH)/scale_k.py --k 64 256 --memory-limit 8GiB --policy keep auto --strategy ddp --ranks 2 \
+	$(BENCH)/scale_k.py --k 64 256 --memory-limit 8GiB --policy keep --strategy ddp --ranks 2 \
 		--baseline hub --out results/hub --section hub --title "Two ranks beside the published schedule"
-	$(BENCH)/scale_k.py --k 64 1024 20000 --steps 1 --least-tiles 4096 --policy recompute --strategy single \
-		--out results/slide --section whole_slide --title "One step on a whole slide"
+	$(BENCH)/scale_k.py --k 64 1024 20000 --steps 1 --least-tiles 3072 --policy recompute --budget 4300MiB \
+		--chunk 16 --strategy single --out results/slide --section whole_slide --title "One step on a whole slide"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -54,6 +54,7 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
         device: "cpu" or "cuda"; a GPU's memory is not looked at from outside.
         log: where all that they print goes.
     """
+    signal.signal(signal.SIGTERM, _end)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,6 +62,8 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": device,
     }  # fmt: skip
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # or the engine would take the GPUs that there are
     log.parent.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen] = []
     with log.open("w", encoding="utf-8") as output:
@@ -82,6 +85,11 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
             # DeepSpeed's buffers, which a rank that was killed could not remove.
             for buffer in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
                 buffer.unlink(missing_ok=True)
+
+
+def _end(*_: object) -> None:
+    """On the way out the ranks are ended, too, which know nothing of this process."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: Path) -> Ended:

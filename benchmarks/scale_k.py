@@ -66,7 +66,7 @@ def configurations(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
         found += [replace(base, policy="hub", strategy="ddp", ranks=ranks) for ranks in many]
         if not many:
             missing.append("hub has a rank for the aggregator alone, and needs --ranks 2 or more")
-    budget = parse_size(args.budget, "--budget") if args.budget else None
+    budget = parse_size(args.budget, "--budget") if args.budget else 0
     for policy in args.policy:
         for strategy in args.strategy:
             for ranks in args.ranks:
@@ -74,8 +74,7 @@ def configurations(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
                     missing.append(f"single is one process: none at {ranks} ranks")
                     continue
                 cell = replace(base, policy=policy, strategy=strategy, ranks=ranks)
-                if policy == "auto":
-                    cell = replace(cell, budget=budget or limit_of_memory(cell, args))
+                cell = replace(cell, budget=budget or (limit_of_memory(cell, args) if policy == "auto" else 0))
                 found.append(cell)
     return found, list(dict.fromkeys(missing))
 
@@ -315,7 +314,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--memory-limit", default="auto", metavar="SIZE", help="of a rank, such as 6GiB; auto: what is free"
     )
-    parser.add_argument("--budget", metavar="SIZE", help="of policy auto; default: the memory limit")
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="the engine's --memory.budget; default: the memory limit for auto, none for others",
+    )
     parser.add_argument("--time-limit", type=float, default=3600, help="of a cell, s")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")

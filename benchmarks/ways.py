@@ -55,7 +55,7 @@ class Cell:
         dtype: of matrix products, "bfloat16" or "float32".
         device: "cpu" or "cuda".
         steps: timed.
-        budget: bytes that policy auto may take, each rank; 0: as the engine finds.
+        budget: the engine's `--memory.budget`, in bytes; 0: as the engine finds.
         parts: of the model that train, "all" or "aggregator".
         counted: numbers of tiles at which to count, in the end, what ranks say to each other (of the engine only).
     """
@@ -77,7 +77,7 @@ class Cell:
     def config(self, offload_folder: Path | None = None) -> Config:
         """As a recipe would have it."""
         policy: Any = self.policy if self.policy in POLICIES else "keep"
-        budget = f"{self.budget}B" if self.budget and policy == "auto" else "auto"
+        budget = f"{self.budget}B" if self.budget else "auto"
         return Config(
             run=RunConfig(name="benchmark", precision="bf16" if self.dtype == "bfloat16" else "fp32"),
             data=DataConfig(tile_px=self.tile, mpp_um=MPP_UM, classes=CLASSES),
@@ -151,7 +151,7 @@ class Way(ABC):
         self.chunk = 0
         self.details: dict[str, Any] = {}  # for the row
         # As the engine does for a run with a budget, or without.
-        (return_freed_memory if cell.budget and cell.policy == "auto" else keep_freed_memory)()
+        (return_freed_memory if cell.budget or cell.policy == "offload" else keep_freed_memory)()
 
     def model(self) -> SlideModel:
         """The recipe's model with random weights, the same on every rank and for every way."""
