@@ -36,7 +36,7 @@ bench: $(VENV)/ready-to-bench
 	$(BENCH)/scale_k.py --tile 96 --k 32 128 512 --memory-limit 1536MiB --policy keep recompute auto \
 		--strategy single --ranks 1 2 --baseline plain hub frozen --out results/bench $(ARGS)
 	$(BENCH)/strategies.py --tile 96 --k 64 --out results/bench
-	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --out results/bench
+	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --check-policy recompute --out results/bench
 
 bench-full: $(VENV)/ready-to-bench
 	$(BENCH)/scale_k.py --k 64 256 1024 4096 --memory-limit 6GiB --budget 3GiB --policy recompute auto \
