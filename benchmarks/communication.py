@@ -177,7 +177,7 @@ class CountingStopwatch(Stopwatch):
 
 
 def total(phases: dict[str, list[dict[str, Any]]], what: str, *, operation: str | None = None) -> float:
-    """The sum of "calls", "payload" or "wire" over phases as `Communication.told` gives them, of one operation or all."""
+    """The sum of "calls", "payload" or "wire" over phases of `Communication.told`, of one operation or all."""
     return sum(
         each[what] for phase in phases.values() for each in phase if operation is None or each["operation"] == operation
     )
