@@ -154,6 +154,12 @@ class Hub(Baseline):
             dist.broadcast(parameter.detach(), src=1 if name.startswith("encoder.") else 0)
             yield name, parameter.detach()
 
+    def _wait(self) -> None:
+        """For all ranks' devices: a step has ended when the last one's has, and barriers are of hosts."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
     def _share(self, k: int, rank: int) -> slice:
         return TileGroup(rank - 1, self._encoders).share(k)
 
@@ -183,7 +189,7 @@ class Hub(Baseline):
             dist.barrier()
             self._update()
             watch.lap("optimizer")
-            dist.barrier()  # the next step's first, of the published loop, which the clock of the hub waits for here
+            self._wait()
             watch.lap("pass 2")
             yield watch.seconds()
 
@@ -209,8 +215,8 @@ class Hub(Baseline):
             watch.lap("pass 2")
             self._update()
             watch.lap("optimizer")
-            dist.barrier()
             del features
+            self._wait()
             yield watch.seconds()
             watch.start()
 

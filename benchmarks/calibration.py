@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from networks import Link
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,6 +35,7 @@ from slidescale.kernels.dispatch import choose_kernels
 
 from drawn_slide import tile_coords
 from harness import Limits, run_world
+from networks import Link
 from ways import CLASSES, Cell, Source
 
 # Chunks that the encoder takes in a turn, one after another as in a pass.

@@ -1,5 +1,6 @@
 """Cells of a benchmark: each in a fresh world of processes, with limits of time and memory, and kept as it ends."""
 
+import hashlib
 import json
 import os
 import platform
@@ -17,8 +18,8 @@ import psutil
 import torch
 
 from slidescale.engine.memory.usage import format_size
-from slidescale.engine.run_folder import git_commit
 
+ROOT = Path(__file__).parent.parent
 # The exit status by which a rank says that its memory did not suffice.
 OUT_OF_MEMORY = 77
 # Seconds between two looks at the ranks; activations grow by some hundred MiB a second on a CPU.
@@ -54,7 +55,8 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
         device: "cpu" or "cuda"; a GPU's memory is not looked at from outside.
         log: where all that they print goes.
     """
-    signal.signal(signal.SIGTERM, _end)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _end)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,9 +89,9 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
                 buffer.unlink(missing_ok=True)
 
 
-def _end(*_: object) -> None:
+def _end(number: int, _: object) -> None:
     """On the way out the ranks are ended, too, which know nothing of this process."""
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: Path) -> Ended:
@@ -97,12 +99,13 @@ def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: 
     deadline = time.monotonic() + limits.seconds
     running = True
     while running:
-        running = False
-        for rank, process in enumerate(processes):
-            code = process.poll()
-            running |= code is None
-            if code:
+        codes = [process.poll() for process in processes]
+        running = None in codes
+        # One whose memory was full first: the others may have failed by its end.
+        for rank in sorted(range(len(codes)), key=lambda rank: codes[rank] != OUT_OF_MEMORY):
+            if code := codes[rank]:
                 return _failure(rank, code, log)
+        for rank, process in enumerate(processes):
             if device == "cpu" and (held := _resident(process)) > limits.bytes:
                 return Ended(
                     "out of memory", f"rank {rank} held {format_size(held)}, and may {format_size(limits.bytes)}"
@@ -144,14 +147,27 @@ def describe_machine(device: str) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "commit": git_commit(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a digest of what has changed in it since; None outside of a git checkout."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["diff", "HEAD", "--", "engine", "kernels", "benchmarks"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    digest = hashlib.blake2b(changes.encode(), digest_size=4).hexdigest()
+    return commit.strip() + (f"+{digest}" if changes else "")
 
 
 def tell_machine(stamp: dict[str, Any]) -> str:
     """A stamp in one line."""
-    commit = str(stamp["commit"])
-    short = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    commit, *changes = str(stamp["commit"]).split("+")
+    short = commit[:12] + (" with changes" if changes else "")
     return (
         f"{stamp['machine']}, {stamp['memory_gib']:.0f} GiB; PyTorch {stamp['torch']}, DeepSpeed {stamp['deepspeed']}, "
         f"timm {stamp['timm']}; commit {short}"
@@ -175,9 +191,10 @@ class Rows:
         self._rows = [row for line in lines if _is_whole(line) if (row := json.loads(line))["stamp"] == stamp]
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The latest row with these settings."""
+        """The latest row with these settings, unless it failed, which it need not do again, or was not run."""
         wanted = _as_json(settings)
-        return next((row for row in reversed(self._rows) if row["settings"] == wanted), None)
+        found = next((row for row in reversed(self._rows) if row["settings"] == wanted), None)
+        return None if found is None or found["status"] in ("failed", "not run") else found
 
     def add(self, row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         """Keep a row under its settings."""

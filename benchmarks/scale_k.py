@@ -5,14 +5,15 @@ r"""Memory and speed of a training step as the number of tiles grows: the engine
 
 Tiles are read from a slide that is drawn for it. Each cell (a configuration at one K) runs in processes of its own,
 under a limit of time and memory; one that passes it is a row that says so. Each configuration's result at the smallest
-K is first compared with plain autograd: where it is wrong, no speed is told, and the exit status is 1. A sweep that
-was interrupted goes on where it stopped, given the same --out.
+K (for which plain autograd must have room) is first compared with that: where it is wrong, no speed is told, and the
+exit status is 1. A sweep that was interrupted goes on where it stopped, given the same --out.
 
 In --out: scale_k.jsonl (a row a cell), scale_k.png, tensorboard/, logs/ (what each cell's processes printed).
 """
 
 import argparse
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -31,7 +32,7 @@ from slidescale.engine.main import has_bf16
 from slidescale.engine.memory.usage import GIB, available_bytes, format_size, parse_size
 from slidescale.engine.stopwatch import PHASES
 
-from cell import measure
+from cell import PLANTED, measure
 from drawn_slide import write_slide
 from harness import Ended, Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
@@ -74,7 +75,7 @@ def configurations(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
                     missing.append(f"single is one process: none at {ranks} ranks")
                     continue
                 cell = replace(base, policy=policy, strategy=strategy, ranks=ranks)
-                cell = replace(cell, budget=budget or (limit_of_memory(cell, args) if policy == "auto" else 0))
+                cell = replace(cell, budget=budget or (budget_of(cell, args) if policy == "auto" else 0))
                 found.append(cell)
     return found, list(dict.fromkeys(missing))
 
@@ -92,6 +93,11 @@ def limit_of_memory(cell: Cell, args: argparse.Namespace) -> int:
     return int(SHARE_OF_FREE * free / (cell.ranks if cell.device == "cpu" else 1))
 
 
+def budget_of(cell: Cell, args: argparse.Namespace) -> int:
+    """What policy auto plans for; of a GPU's limit it leaves a part to the allocator, as the engine does."""
+    return round(limit_of_memory(cell, args) * (SHARE_OF_FREE if cell.device == "cuda" else 1))
+
+
 def sweep(cells: list[Cell], args: argparse.Namespace, rows: Rows, slide: Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each configuration, K ascending."""
     free = Limits(args.time_limit, available_bytes(torch.device(args.device)))
@@ -99,9 +105,12 @@ def sweep(cells: list[Cell], args: argparse.Namespace, rows: Rows, slide: Path) 
     done, total = 0, len(cells) * len(args.k)
     for first in cells:
         found: list[dict[str, Any]] = []
-        for k in sorted(args.k):
+        for k in args.k:
             cell = replace(first, k=k, steps=steps_at(k, args))
-            settings = {**cell.as_dict(), "memory_limit": args.memory_limit, "time_limit": args.time_limit}
+            settings = {
+                **cell.as_dict(), "memory_limit": args.memory_limit, "time_limit": args.time_limit,
+                "compared": not found, "planted": os.environ.get(PLANTED),
+            }  # fmt: skip
             if args.memory_limit == "auto" and not args.budget:
                 settings.pop("budget")  # it was what was free then
             row = rows.find(settings)
@@ -157,26 +166,18 @@ def tell(found: list[list[dict[str, Any]]]) -> str:
     rows = [row for each in found for row in each]
     hubs = {(row["ranks"], row["k"]): row["tiles_per_s"] for row in rows if row["policy"] == "hub"}
     header = [
-        "configuration",
-        "K",
-        "chunk",
-        "peak GiB",
-        "of it held",
-        "step s",
-        "tiles/s",
-        "slides/h",
-        "× hub",
+        "configuration", "K", "chunk", "peak GiB", "of it held", "steps", "step s", "tiles/s", "slides/h", "× hub",
         "error",
-    ]
+    ]  # fmt: skip
     lines = []
     for row in rows:
         head = [name_of(row), f"{row['k']:,}"]
         if row["status"] != "ok":
-            lines.append([*head, "", f"**{row['status']}**", *[""] * 5, error_of(row)])
+            lines.append([*head, "", f"**{row['status']}**", *[""] * 6, error_of(row)])
             continue
         hub = hubs.get((row["ranks"], row["k"]))
         lines.append([
-            *head, str(row["chunk"]), f"{row['peak_gib']:.2f}", f"{row['base_gib']:.2f}",
+            *head, str(row["chunk"]), f"{row['peak_gib']:.2f}", f"{row['base_gib']:.2f}", str(len(row["steps_s"])),
             *(_short(row[name]) for name in ("step_s", "tiles_per_s", "slides_per_h")),
             f"{row['tiles_per_s'] / hub:.2f}" if hub else "", error_of(row),
         ])  # fmt: skip
@@ -285,6 +286,13 @@ def show(args: argparse.Namespace, found: list[list[dict[str, Any]]], text: str,
     write_section(args.page, HEAD, args.section, "\n\n".join([*parts, text]))
 
 
+def chunk_size(text: str) -> int | str:
+    """Of the command line: "auto", or tiles."""
+    if text == "auto" or int(text) > 0:
+        return text if text == "auto" else int(text)
+    raise ValueError(text)
+
+
 def parse() -> argparse.Namespace:
     """The command line.
 
@@ -299,7 +307,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--baseline", nargs="*", default=[], choices=BASELINES, help="what to compare with")
     parser.add_argument("--encoder", default="resnet18", help="any timm model")
     parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
-    parser.add_argument("--chunk", default="auto", help="tiles that go through the encoder at once, or auto")
+    parser.add_argument(
+        "--chunk", type=chunk_size, default="auto", help="tiles that go through the encoder at once, or auto"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
     parser.add_argument(
@@ -326,14 +336,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--title", default="Memory and speed as K grows", help="heading of the section")
     parser.add_argument("--no-page", action="store_true", help="write no page")
     args = parser.parse_args()
+    args.k = sorted(set(args.k))
     if args.device == "cuda" and torch.cuda.device_count() < max(args.ranks):
         parser.error(
             f"--ranks {max(args.ranks)}: PyTorch sees {torch.cuda.device_count()} GPUs here, and a rank takes one"
         )
     if min(*args.k, *args.ranks, args.steps, args.tile) < 1:
         parser.error("--k, --ranks, --steps and --tile must be at least 1")
-    if args.chunk != "auto":
-        args.chunk = int(args.chunk)
     if not args.dtype:
         args.dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
     try:

@@ -13,14 +13,14 @@ another; what another rank's noise costs is not in it. What is said to other ran
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from networks import Link, Network
-
 from slidescale.engine.memory.devices import Device
 from slidescale.engine.memory.footprint import Footprint
 from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, FP32, UTILISATION
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.ddp import BUCKET_BYTES
 from slidescale.engine.parallel.fsdp import UNIT_NUMEL, _units
+
+from networks import Link, Network
 
 TERMS = ("reading", "pass 1", "pass 2", "aggregator", "merge", "gathers", "reduction", "update")
 SHARDING = ("zero3", "fsdp")

@@ -12,6 +12,7 @@ In --out: strategies.jsonl (a row a cell), logs/ (what each cell's processes pri
 
 import argparse
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -19,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scale_k import HEAD, PAGE
 
 from slidescale.engine.main import has_bf16
 from slidescale.engine.memory.usage import available_bytes, format_size
 from slidescale.engine.stopwatch import PHASES
 
+from cell import PLANTED
 from communication import total
 from drawn_slide import write_slide
 from harness import Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
 from page import table, write_section
+from scale_k import HEAD, PAGE, chunk_size
 from ways import POLICIES, STRATEGIES, Cell
 
 # The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.
@@ -49,11 +51,12 @@ def measure_all(args: argparse.Namespace, rows: Rows, slide: Path) -> list[dict[
             chunk=args.chunk, dtype=args.dtype, device=args.device, steps=args.steps,
             counted=tuple(sorted({args.k, *args.merge_k})),
         )  # fmt: skip
-        row = rows.find(cell.as_dict())
+        settings = {**cell.as_dict(), "time_limit": args.time_limit, "planted": os.environ.get(PLANTED)}
+        row = rows.find(settings)
         if row is None:
             ended, measured = judge.judge(cell, limits=shared, log=args.out / "logs" / f"{strategy}-{args.ranks}.log")
             row = {"strategy": strategy, "k": args.k, **measured, "status": ended.status, "message": ended.message}
-            row = rows.add(row, cell.as_dict())
+            row = rows.add(row, settings)
         print(f"{strategy}: {_tell(row)}", flush=True)
         found.append(row)
     return found
@@ -187,7 +190,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policy", default="recompute", choices=POLICIES)
     parser.add_argument("--encoder", default="resnet18", help="any timm model")
     parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
-    parser.add_argument("--chunk", default="auto", help="tiles that go through the encoder at once, or auto")
+    parser.add_argument(
+        "--chunk", type=chunk_size, default="auto", help="tiles that go through the encoder at once, or auto"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, 3 or more; their median is told")
@@ -204,8 +209,6 @@ def parse() -> argparse.Namespace:
         parser.error("--k and --merge-k are 1 or more")
     if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
         parser.error(f"--ranks {args.ranks}: this machine has {torch.cuda.device_count()} GPUs")
-    if args.chunk != "auto":
-        args.chunk = int(args.chunk)
     if args.dtype is None:
         args.dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
     return args

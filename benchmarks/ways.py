@@ -56,6 +56,7 @@ class Cell:
         device: "cpu" or "cuda".
         steps: timed.
         budget: the engine's `--memory.budget`, in bytes; 0: as the engine finds.
+        kernels: "auto", "triton" or "torch".
         parts: of the model that train, "all" or "aggregator".
         counted: numbers of tiles at which to count, in the end, what ranks say to each other (of the engine only).
     """
@@ -71,6 +72,7 @@ class Cell:
     device: str
     steps: int
     budget: int = 0
+    kernels: str = "auto"
     parts: str = "all"
     counted: tuple[int, ...] = ()
 
@@ -79,7 +81,10 @@ class Cell:
         policy: Any = self.policy if self.policy in POLICIES else "keep"
         budget = f"{self.budget}B" if self.budget else "auto"
         return Config(
-            run=RunConfig(name="benchmark", precision="bf16" if self.dtype == "bfloat16" else "fp32"),
+            run=RunConfig(
+                name="benchmark", precision="bf16" if self.dtype == "bfloat16" else "fp32",
+                kernels=self.kernels,  # type: ignore[arg-type]
+            ),
             data=DataConfig(tile_px=self.tile, mpp_um=MPP_UM, classes=CLASSES),
             model=ModelConfig(encoder=self.encoder, dropout=0.0),
             memory=MemoryConfig(
@@ -150,7 +155,7 @@ class Way(ABC):
         self.tile_ranks = cell.ranks  # that encode
         self.chunk = 0
         self.details: dict[str, Any] = {}  # for the row
-        # As the engine does for a run with a budget, or without.
+        # As the engine does on a CPU for a run with a budget, or without.
         (return_freed_memory if cell.budget or cell.policy == "offload" else keep_freed_memory)()
 
     def model(self) -> SlideModel:

@@ -26,10 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import calibrate
-from networks import Link, Network, find_network
-from scale_k import HEAD, PAGE
-from scaling_picture import draw
 
 from slidescale.engine.config import ModelConfig
 from slidescale.engine.errors import ConfigError
@@ -41,11 +37,15 @@ from slidescale.engine.memory.usage import available_bytes
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.kernels.dispatch import choose_kernels
 
+from calibration import calibrate
 from cell import measure
 from drawn_slide import write_slide
 from harness import Limits, describe_machine, tell_machine
+from networks import Link, Network, find_network
 from page import table, write_section
+from scale_k import HEAD, PAGE
 from scaling_model import TERMS, Costs, Job, Shape, device_costs, efficiency, messages, shape_of, step_terms
+from scaling_picture import draw
 from ways import CLASSES, STRATEGIES, Cell
 
 # The largest difference between a predicted and a measured step, as a share of the measured one.
