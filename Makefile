@@ -33,14 +33,14 @@ lint: $(VENV)/ready-to-test
 	$(RUN) mypy -p slidescale.engine -p slidescale.kernels
 
 bench: $(VENV)/ready-to-bench
-	$(BENCH)/scale_k.py --tile 96 --k 32 128 1024 --memory-limit 2GiB --policy keep recompute auto \
+	$(BENCH)/scale_k.py --tile 96 --k 96 192 1024 --memory-limit 2GiB --policy keep recompute auto \
 		--strategy ddp --ranks 2 --baseline plain hub frozen --out results/bench
-	$(BENCH)/strategies.py --tile 96 --k 64 --out results/bench
+	$(BENCH)/strategies.py --tile 96 --k 96 --out results/bench
 	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --check-policy recompute --out results/bench
 
 bench-full: $(VENV)/ready-to-bench
-	$(BENCH)/scale_k.py --k 64 256 1024 4096 --memory-limit 6GiB --budget 3GiB --policy recompute auto \
-		--strategy single --ranks 1 2 --baseline plain hub --out results/growth \
+	$(BENCH)/scale_k.py --k 64 192 512 4096 --steps 1 --memory-limit 6GiB --budget 3GiB \
+		--policy recompute auto --strategy single --ranks 1 2 --baseline plain hub --out results/growth \
 		--section growth --title "Tiles of full size, up to K = 4,096"
 	$(BENCH)/scale_k.py --k 64 256 --memory-limit 8GiB --policy keep --strategy ddp --ranks 2 \
 		--baseline hub --out results/hub --section hub --title "Two ranks beside the published schedule"

@@ -128,7 +128,8 @@ def check(
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """Parts and steps measured in turns: a row a cell, with predicted and measured seconds; and the parts by ranks."""
     cells, rows = check_cells(args), []
-    limits = Limits(args.time_limit, int(SHARE_OF_FREE * available_bytes(torch.device(args.device)) / args.ranks))
+    sharing = args.ranks if args.device == "cpu" else 1  # a GPU is one rank's alone
+    limits = Limits(args.time_limit, int(SHARE_OF_FREE * available_bytes(torch.device(args.device)) / sharing))
     parts: dict[int, list[dict[str, Any]]] = {}
     steps: dict[Cell, list[float]] = {}
     for turn in range(1, ROUNDS + 1):
