@@ -1,6 +1,8 @@
 """Cells of benchmarks: what passes a limit ends, and says so; rows are found again, and only those of this machine."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,15 +68,42 @@ def test_how_worlds_end(harness: ModuleType, ranks: list[str], status: str, mess
 def test_rows_are_found_again(harness: ModuleType, tmp_path: Path) -> None:
     path, stamp = tmp_path / "rows.jsonl", {"machine": "this", "commit": "a"}
     rows = harness.Rows(path, stamp)
-    rows.add({"k": 1}, {"policy": "keep", "k": 1})
-    harness.Rows(path, stamp | {"commit": "b"}).add({"k": 2}, {"policy": "keep", "k": 2})
+    rows.add({"k": 1, "status": "out of memory"}, {"policy": "keep", "k": 1, "counted": (1, 2)})
+    harness.Rows(path, stamp | {"commit": "b"}).add({"k": 2, "status": "ok"}, {"policy": "keep", "k": 2})
+    for k, status in ((5, "failed"), (6, "not run")):
+        rows.add({"k": k, "status": status}, {"policy": "keep", "k": k})
     with path.open("a") as file:
         file.write('{"k": 3, "sett')  # the process was ended as it wrote
     again = harness.Rows(path, stamp)
-    assert again.find({"policy": "keep", "k": 1})["k"] == 1
+    assert again.find({"policy": "keep", "k": 1, "counted": (1, 2)})["k"] == 1
     assert again.find({"policy": "keep", "k": 2}) is None, "of another commit"
-    again.add({"k": 4}, {"policy": "keep", "k": 4})
-    assert [json.loads(line)["k"] for line in path.read_text().splitlines()] == [1, 2, 4]
+    for k in (5, 6):
+        assert again.find({"policy": "keep", "k": k}) is None, "it is tried again"
+    again.add({"k": 4, "status": "ok"}, {"policy": "keep", "k": 4})
+    assert [json.loads(line)["k"] for line in path.read_text().splitlines()] == [1, 2, 5, 6, 4]
+
+
+def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
+    """By SIGTERM, as a scheduler does, or SIGHUP, as a closed terminal does."""
+    (tmp_path / "rank.py").write_text(SCRIPT)
+    sweep = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness; from pathlib import Path; "
+        f"harness.run_world([{str(tmp_path / 'rank.py')!r}, 'wait'], ranks=1, device='cpu', "
+        f"limits=harness.Limits(60, 2**40), log=Path({str(tmp_path / 'log')!r}))"
+    )
+    waiting = tmp_path / "rank.py.waiting"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        waiting.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", sweep])
+        deadline = time.monotonic() + 60
+        while not (waiting.exists() and waiting.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        rank = int(waiting.read_text())
+        assert psutil.pid_exists(rank)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert not psutil.pid_exists(rank)
 
 
 def test_the_machine_is_told(harness: ModuleType) -> None:

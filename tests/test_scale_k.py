@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,3 +124,18 @@ def test_change_error_sees_a_half_that_did_not_move(benchmark: ModuleType) -> No
     assert change_error((end | {"encoder.w": torch.zeros(3)}).items(), reference, "all") == pytest.approx(1)
     assert change_error((end | {"encoder.w": torch.zeros(3)}).items(), reference, "aggregator") == 0
     assert change_error((end | {"encoder.w": 1.01 * torch.ones(3)}).items(), reference, "all") == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("k", "ranks", "chunk"), [(64, 1, 16), (64, 2, 10), (96, 2, 16), (4, 2, 1)])
+def test_what_is_compared_is_in_several_chunks(benchmark: ModuleType, k: int, ranks: int, chunk: int) -> None:
+    """Or a fault between chunks would not show; baselines, and a size that the user gave, stay as they are."""
+    from judgement import in_chunks
+    from ways import Cell
+
+    cell = Cell(
+        policy="recompute", strategy="ddp", ranks=ranks, k=k, encoder="resnet18", tile=96, chunk="auto",
+        dtype="float32", device="cpu", steps=3,
+    )  # fmt: skip
+    assert in_chunks(cell).chunk == chunk
+    assert in_chunks(replace(cell, chunk=7)).chunk == 7
+    assert in_chunks(replace(cell, policy="plain")).chunk == "auto"
