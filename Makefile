@@ -33,7 +33,7 @@ lint: $(VENV)/ready-to-test
 	$(RUN) mypy -p slidescale.engine -p slidescale.kernels
 
 bench: $(VENV)/ready-to-bench
-	$(BENCH)/scale_k.py --tile 96 --k 96 192 1024 --memory-limit 2GiB --policy keep recompute auto \
+	$(BENCH)/scale_k.py --tile 96 --k 96 192 512 --memory-limit 2GiB --policy keep recompute auto \
 		--strategy ddp --ranks 2 --baseline plain hub frozen --out results/bench
 	$(BENCH)/strategies.py --tile 96 --k 96 --out results/bench
 	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --check-policy recompute --out results/bench
