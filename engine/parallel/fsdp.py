@@ -110,8 +110,9 @@ class FsdpStrategy(TorchStrategy):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """Gathered from its shards."""
-        assert isinstance(parameter, DTensor)
-        return parameter.detach().full_tensor()
+        sharded = parameter.detach()
+        assert isinstance(sharded, DTensor)
+        return sharded.full_tensor()
 
     def save(self, folder: Path) -> None:
         """PyTorch's distributed checkpoint: each rank its shards."""
