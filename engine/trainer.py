@@ -15,6 +15,7 @@ from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
+from slidescale.engine.history import add_epoch
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.report import draw_heatmaps, save_png, write_predictions
@@ -28,6 +29,7 @@ class EpochTotals:
     """Sums over an epoch's steps."""
 
     losses: list[float]
+    slides: int = 0
     tiles: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
@@ -105,6 +107,7 @@ class Trainer:
             result = self.train_step(batch)
             end = time.perf_counter()
             totals.losses.append(result.loss)
+            totals.slides += len(batch.rows)
             totals.tiles += batch.k
             totals.seconds += end - begin
             totals.waiting += batch.waited_s
@@ -143,6 +146,13 @@ class Trainer:
             totals.tiles / seconds, 100 * totals.waiting / seconds, peak,
             self.planned_peak_gib,
         )  # fmt: skip
+        if self.mesh.world.rank == 0:
+            values = {
+                "step": step, "train_loss": train_loss, "val_loss": result.loss, "val_auroc": result.auroc,
+                "tiles_a_slide": totals.tiles / max(totals.slides, 1), "tiles_per_s": totals.tiles / seconds,
+                "seconds": totals.seconds, "peak_gib": peak,
+            }  # fmt: skip
+            add_epoch(self.folder, epoch + 1, values)
         if improved and self.mesh.world.rank == 0:
             write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest.classes)
             pictures = draw_heatmaps(result, self.cohort, self.config.data, count=self.config.run.heatmaps)
