@@ -85,7 +85,7 @@ class Trainer:
             result = self.evaluate("test")
             log.info("test, best epoch: %s", result)
             if self.mesh.world.rank == 0:
-                write_predictions(self.folder / "predictions_test.csv", result, self.cohort.manifest.classes)
+                write_predictions(self.folder / "predictions_test.csv", result, self.cohort.manifest)
 
     def evaluate(self, split: Split) -> Evaluation:
         """Predict the slides of a split from all their tissue tiles."""
@@ -135,8 +135,10 @@ class Trainer:
         self.run_log.scalars({"speed/planned_peak_gib": self.planned_peak_gib}, step)
         if result.loss is not None:
             self.run_log.scalars({"epoch/val_loss": result.loss}, step)
-        if result.auroc is not None:
-            self.run_log.scalars({"epoch/val_auroc": result.auroc}, step)
+            metrics = {name: value for name, value in result.metrics.items() if value is not None}
+            self.run_log.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+            if result.headline in metrics:
+                self.run_log.scalars({f"epoch/val_{result.headline}": metrics[result.headline]}, step)
         log.info(
             "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
             epoch + 1, self.config.run.epochs, train_loss, result, " best" if improved else "     ",
@@ -144,7 +146,7 @@ class Trainer:
             self.planned_peak_gib,
         )  # fmt: skip
         if improved and self.mesh.world.rank == 0:
-            write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest.classes)
+            write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest)
             pictures = draw_heatmaps(result, self.cohort, self.config.data, count=self.config.run.heatmaps)
             for name, picture in pictures.items():
                 save_png(picture, self.folder / "heatmaps" / f"{name}.png")

@@ -127,8 +127,8 @@ def test_not_finite(demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.Mon
     calls = {"n": 0}
     steps_an_epoch = sum(row["split"] == "train" for row in read_csv(demo_manifest))
 
-    def forward(self: CrossEntropy, logits: torch.Tensor, label: int) -> torch.Tensor:
-        loss = original(self, logits, label)
+    def forward(self: CrossEntropy, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = original(self, logits, target)
         if not torch.is_grad_enabled():
             return loss
         calls["n"] += 1
