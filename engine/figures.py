@@ -287,14 +287,15 @@ def _kaplan_meier(
         alive = curve.alive[np.searchsorted(curve.times, censored, side="right") - 1]
         axes.plot(censored, alive, "|", color=colour, markersize=7)
     _style(axes, "", "Share without the event")
-    axes.set(xlim=(-0.04 * times.max(), 1.02 * times.max()), ylim=(0, 1.02))
+    latest = times.max() or 1.0
+    axes.set(xlim=(-0.04 * latest, 1.02 * latest), ylim=(0, 1.02))
     axes.set_title(
         f"Survival by the median risk   ({_value('concordance', values['concordance'])})",
         fontsize=12, loc="left", fontweight="bold",
     )  # fmt: skip
     axes.plot([], [], "|", color=GREY, markersize=7, label="censored")
     axes.legend(fontsize=9, loc="upper right", framealpha=0.9, edgecolor="#e4e4e4")
-    ticks = [tick for tick in MaxNLocator(6).tick_values(0, times.max()) if 0 <= tick <= times.max()]
+    ticks = [tick for tick in MaxNLocator(6).tick_values(0, latest) if 0 <= tick <= latest]
     axes.set_xticks(ticks)
     for row, (mine, _, colour) in enumerate(groups):
         for tick in ticks:
