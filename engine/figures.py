@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
@@ -112,9 +113,11 @@ def one_against_rest(
 
 def roc_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curve]:
     """Sensitivity over 1 − specificity."""
-    return [
-        Curve(name, *roc_curve(truth, scores)[:2], roc_auc_score(truth, scores)) for name, truth, scores in questions
-    ]
+    curves = []
+    for name, truth, scores in questions:
+        alarms, hits, _ = roc_curve(truth, scores)
+        curves.append(Curve(name, alarms, hits, roc_auc_score(truth, scores)))
+    return curves
 
 
 def precision_recall_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curve]:
@@ -159,7 +162,7 @@ def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Survival:
 
 
 def _canvas(title: str, x: str, y: str, *, width: float = 5.4, height: float = 5.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="compressed")
     axes = figure.add_subplot()
     _style(axes, x, y)
     axes.set_title(title, fontsize=12, loc="left", fontweight="bold")
@@ -175,7 +178,8 @@ def _style(axes: Axes, x: str, y: str) -> None:
 
 
 def _picture(figure: Figure) -> np.ndarray:
-    for text in figure.findobj(match=lambda artist: hasattr(artist, "set_parse_math")):
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
         text.set_parse_math(False)  # a class's name is no formula, whatever it contains
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
