@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
-from slidescale.engine.metrics import Kind, Report, auroc, describe, measure, report
+from slidescale.engine.metrics import Kind, Report, auroc, confidence_bin, describe, measure, report
 
 # Sums of some hundred doubles in another order.
 CLOSE = pytest.approx
@@ -88,6 +88,19 @@ def test_calibration_error_by_its_definition() -> None:
             expected += mine.mean() * abs(correct[mine].mean() - confidence[mine].mean())
     assert expected > 0.02
     assert measure("classes", targets, outputs, ["a", "b", "c"])["ece"] == CLOSE(expected)
+
+
+def test_a_confidence_between_two_bins_is_in_the_lower() -> None:
+    assert confidence_bin(np.array([0.0, 0.05, 1 / 15, 0.2, 0.4, 12 / 20, 0.61, 1.0])).tolist() == [
+        0,
+        0,
+        0,
+        2,
+        5,
+        8,
+        9,
+        14,
+    ]
 
 
 def test_calibration_error_of_two_classes_is_of_the_likelier() -> None:
