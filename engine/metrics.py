@@ -263,7 +263,8 @@ def _classes(
 def _multi_label(
     targets: np.ndarray, outputs: np.ndarray, names: Sequence[str], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    values, averaged = {}, []
+    values: dict[str, np.ndarray] = {}
+    averaged = []
     for label, name in enumerate(names):
         present = ~np.isnan(targets[:, label])
         truth, probability, mine = targets[present, label] == 1, outputs[present, label], weights[:, present]
