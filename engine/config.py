@@ -258,7 +258,8 @@ class OptimConfig:
     clip: float = 1.0
     """Largest gradient norm a step is taken with; 0 never clips."""
     class_weights: tuple[float, ...] = ()
-    """Factor on the loss of each class, in the order of data.classes; empty: 1 for all."""
+    """Factor on the loss of each class, in the order of data.classes, or (multi_label) on that of slides that have a
+    label, in the order of data.label_columns; empty: 1 for all."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""

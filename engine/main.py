@@ -175,7 +175,7 @@ def run(config: Config) -> Path:
         run_log.close()
         if offload:
             offload.close()
-    log.info("results in %s: predictions.csv, heatmaps/, checkpoints/best", folder)
+    log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, checkpoints/best", folder)
     return folder
 
 

@@ -1,5 +1,6 @@
-"""What an evaluation leaves behind: a table of predictions, and pictures of where the model looked."""
+"""What an evaluation leaves behind: predictions, metrics and their figures, and pictures of where the model looked."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
+from slidescale.engine.figures import draw
+from slidescale.engine.metrics import Report, report
 from slidescale.engine.objective import SupervisionName
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,24 @@ log = logging.getLogger(__name__)
 # Colours run from an eighth of the mean weight to eight times it, on a log scale: attention spans orders of magnitude.
 LARGEST_FOLD = 8.0
 OPACITY = 0.55
+
+
+def write_metrics(path: Path, evaluation: Evaluation, manifest: Manifest) -> Report:
+    """Write the metrics, with 95% intervals over patients, as JSON."""
+    cases = [prediction.row.case_id for prediction in evaluation.predictions]
+    found = report(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
+    path.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def draw_figures(folder: Path, evaluation: Evaluation, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Draw what `figures.draw` can of the predictions, as PNG into a folder of their own, and return the pictures."""
+    pictures = draw(manifest.supervision, evaluation.targets, evaluation.outputs, manifest.classes)
+    for old in folder.glob("*.png"):  # one that is not defined any more must not stay beside newer ones
+        old.unlink()
+    for name, picture in pictures.items():
+        save_png(picture, folder / f"{name}.png")
+    return pictures
 
 
 def write_predictions(path: Path, evaluation: Evaluation, manifest: Manifest) -> None:

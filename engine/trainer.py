@@ -17,7 +17,8 @@ from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
-from slidescale.engine.report import draw_heatmaps, save_png, write_predictions
+from slidescale.engine.metrics import describe
+from slidescale.engine.report import draw_figures, draw_heatmaps, save_png, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Trainer:
             result = self.evaluate("test")
             log.info("test, best epoch: %s", result)
             if self.mesh.world.rank == 0:
-                write_predictions(self.folder / "predictions_test.csv", result, self.cohort.manifest)
+                self._write_results(result, "_test", step)
 
     def evaluate(self, split: Split) -> Evaluation:
         """Predict the slides of a split from all their tissue tiles."""
@@ -146,9 +147,21 @@ class Trainer:
             self.planned_peak_gib,
         )  # fmt: skip
         if improved and self.mesh.world.rank == 0:
-            write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest)
+            self._write_results(result, "", step)
             pictures = draw_heatmaps(result, self.cohort, self.config.data, count=self.config.run.heatmaps)
             for name, picture in pictures.items():
                 save_png(picture, self.folder / "heatmaps" / f"{name}.png")
                 self.run_log.image(f"attention/{name}", picture, step)
         self.run_log.flush()
+
+    def _write_results(self, result: Evaluation, suffix: str, step: int) -> None:
+        """Predictions, metrics and figures of a split, by the main rank; intervals take too long for every epoch."""
+        manifest = self.cohort.manifest
+        write_predictions(self.folder / f"predictions{suffix}.csv", result, manifest)
+        if not result.predictions:
+            return
+        found = write_metrics(self.folder / f"metrics{suffix}.json", result, manifest)
+        if suffix:
+            log.info("%s", describe(found))
+        for name, picture in draw_figures(self.folder / f"figures{suffix}", result, manifest).items():
+            self.run_log.image(f"figures{suffix}/{name}", picture, step)
