@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,24 +10,27 @@ import torch
 
 from slidescale.engine.data.bag import draw_bag
 from slidescale.engine.data.cohort import Cohort
-from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.memory.two_pass import Chunks, encode
-from slidescale.engine.metrics import auroc
+from slidescale.engine.metrics import HEADLINES, measure
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.objective import Objective
 from slidescale.engine.parallel.mesh import Mesh
 
 # Chunks that are read while one is encoded.
 CHUNKS_AHEAD = 4
 
+# How the terminal writes metrics' names.
+SHOWN = {"auroc": "AUROC", "r2": "R²"}
+
 
 class Prediction(NamedTuple):
-    """Of one slide: class probabilities `[classes]`, loss, and the weight of each of its N tiles `[N]`."""
+    """Of one slide: what `Objective.predict` says `[O]`, loss, and the weight of each of its N tiles `[N]`."""
 
     row: ManifestRow
-    probabilities: np.ndarray
+    output: np.ndarray
     loss: float
     weights: np.ndarray
 
@@ -38,24 +41,40 @@ class Evaluation:
 
     Attributes:
         loss: mean over slides; None without slides.
-        auroc: None when a class has no slide.
+        headline: name of the metric that tells the best epoch.
+        metrics: all of the supervision's (see `metrics.measure`), None where they are undefined, as the AUROC is when
+            a class has no slide; empty without slides.
     """
 
     predictions: list[Prediction]
     loss: float | None
-    auroc: float | None
+    headline: str
+    metrics: dict[str, float | None]
 
     @property
     def score(self) -> tuple[float, ...]:
-        """What "best" means, larger is better: the AUROC where there is one, and then the loss."""
+        """What "best" means, larger is better: the headline metric where there is one, and then the loss."""
         if self.loss is None:
             return ()
-        return (0.0 if self.auroc is None else self.auroc, -self.loss)
+        value = self.metrics[self.headline]
+        return (0.0 if value is None else value, -self.loss)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`[slides, T]`, as `ManifestRow.target` has them."""
+        return np.array([prediction.row.target for prediction in self.predictions])
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """`[slides, O]`."""
+        return np.stack([prediction.output for prediction in self.predictions])
 
     def __str__(self) -> str:
         if self.loss is None:
             return "(no slides)"
-        return f"loss {self.loss:.3f} AUROC {'undefined' if self.auroc is None else f'{self.auroc:.3f}'}"
+        value = self.metrics[self.headline]
+        name = SHOWN.get(self.headline, self.headline)
+        return f"loss {self.loss:.3f} {name} {'undefined' if value is None else f'{value:.3f}'}"
 
 
 def evaluate(
@@ -63,7 +82,7 @@ def evaluate(
     rows: list[ManifestRow],
     cohort: Cohort,
     reader: TileReader,
-    objective: CrossEntropy,
+    objective: Objective,
     mesh: Mesh,
     chunk: int,
     device: torch.device,
@@ -94,9 +113,10 @@ def evaluate(
         cohort.exclude_faults(fault)
         with torch.no_grad():
             logits, weights = model.aggregate(torch.cat(features), each.bag.places.to(device), mesh.tiles)
-            loss = objective(logits, each.row.label).item()
-        probabilities = objective.probabilities(logits).cpu().numpy()
-        mine = Prediction(each.row, probabilities, loss, mesh.tiles.gather_rows(weights).numpy())
+            target = torch.tensor(each.row.target, dtype=torch.float64, device=logits.device)
+            loss = objective(logits, target).item()
+        output = objective.predict(logits).cpu().numpy()
+        mine = Prediction(each.row, output, loss, mesh.tiles.gather_rows(weights).numpy())
         # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
         speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
         for prediction in mesh.world.gather_objects(mine if speaks else None):
@@ -108,7 +128,7 @@ def evaluate(
                     f"slide {slide_id}: the loss in validation is {prediction.loss}; the last checkpoint is kept"
                 )
             predictions[slide_id] = prediction
-    return _sum_up(list(predictions.values()))
+    return _sum_up(list(predictions.values()), cohort.manifest)
 
 
 class _Round:
@@ -130,10 +150,10 @@ class _Round:
             yield TileRequest(self.row.path, self._mine[index * self._chunk : (index + 1) * self._chunk])
 
 
-def _sum_up(predictions: list[Prediction]) -> Evaluation:
+def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:
+    kind = manifest.supervision
     if not predictions:
-        return Evaluation([], None, None)
-    labels = np.array([prediction.row.label for prediction in predictions])
-    probabilities = np.stack([prediction.probabilities for prediction in predictions])
+        return Evaluation([], None, HEADLINES[kind], {})
     loss = float(np.mean([prediction.loss for prediction in predictions]))
-    return Evaluation(predictions, loss, auroc(labels, probabilities))
+    found = Evaluation(predictions, loss, HEADLINES[kind], {})
+    return replace(found, metrics=measure(kind, found.targets, found.outputs, manifest.classes))

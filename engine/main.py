@@ -30,7 +30,7 @@ from slidescale.engine.memory.usage import GIB, keep_freed_memory, return_freed_
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.objective import Objective, fit_objective, make_objective
 from slidescale.engine.parallel.mesh import (
     Mesh,
     check_launcher,
@@ -42,7 +42,13 @@ from slidescale.engine.parallel.mesh import (
 )
 from slidescale.engine.parallel.select import make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
-from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
+from slidescale.engine.run_folder import (
+    check_same_settings,
+    find_run_folder,
+    open_run_folder,
+    read_record,
+    record_run,
+)
 from slidescale.engine.step import TrainStep
 from slidescale.engine.trainer import Trainer
 from slidescale.kernels.dispatch import KernelName, choose_kernels
@@ -100,9 +106,7 @@ def run(config: Config) -> Path:
         mesh = make_mesh(device, config.parallel.tile_ranks)
         _check_alike(config, mesh)
     manifest = manifest or _demo_manifest(config, mesh)
-    weights, classes = config.optim.class_weights, manifest.classes
-    if weights and len(weights) != len(classes):
-        raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
+    objective = _fit_objective(config, manifest)
     if device.type == "cpu":
         # What is resident keeps to a budget, or else what was used once is used again, which is faster.
         has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
@@ -111,9 +115,12 @@ def run(config: Config) -> Path:
         kernels = choose_kernels(config.run.kernels, device)
     except ValueError as error:
         raise ConfigError(f"--run.kernels: {error}") from None
-    model = make_model(config, classes=len(classes), bf16=bf16, kernels=kernels).to(device)
+    model = make_model(config, classes=objective.outputs, bf16=bf16, kernels=kernels).to(device)
     _warn_of_random_weights(config, model.encoder)
-    folder = _find_or_open_run_folder(config, mesh)
+    folder = _find_or_open_run_folder(config, manifest, mesh)
+    if config.resume:
+        objective = _resumed_objective(folder, mesh) or objective
+    objective = objective.to(device)
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, mesh.world.size, device.type,
         config.run.out,
@@ -139,7 +146,7 @@ def run(config: Config) -> Path:
     )  # fmt: skip
     plan = plan_run(
         config,
-        partial(make_model, classes=len(classes), bf16=bf16, kernels=kernels),
+        partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels),
         strategy=strategy.name,
         ds_config=ds_config,
         k=max(bag_size(cohort.tilings[row.slide_id], data.k) for row in cohort.usable("train")),
@@ -151,8 +158,7 @@ def run(config: Config) -> Path:
     if config.resume:
         progress = _resume(checkpoints, strategy, cohort, slides_a_step)
     if mesh.world.rank == 0:
-        record_run(folder, config, ds_config, classes)
-    objective = CrossEntropy(weights, len(classes)).to(device)
+        record_run(folder, config, ds_config, manifest.classes, objective)
     offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
     reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
@@ -169,7 +175,7 @@ def run(config: Config) -> Path:
         run_log.close()
         if offload:
             offload.close()
-    log.info("results in %s: predictions.csv, heatmaps/, checkpoints/best", folder)
+    log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, checkpoints/best", folder)
     return folder
 
 
@@ -238,9 +244,41 @@ def _warn_of_random_weights(config: Config, encoder: Encoder) -> None:
         )
 
 
+def _fit_objective(config: Config, manifest: Manifest) -> Objective:
+    weights, names = config.optim.class_weights, manifest.classes
+    if weights:
+        if manifest.supervision not in ("classes", "multi_label"):
+            raise ConfigError(
+                f"--optim.class-weights is {weights}: is for --data.supervision classes and multi_label, and that is "
+                f"{manifest.supervision}"
+            )
+        if len(weights) != len(names):
+            what = "classes" if manifest.supervision == "classes" else "labels"
+            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
+    return fit_objective(
+        manifest.supervision,
+        len(names),
+        [row.target for row in manifest.split("train")],
+        class_weights=weights,
+        survival_bins=config.data.survival_bins,
+    )
+
+
+def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
+    """The objective that the run was begun with, whose scale or bins the manifest may no longer give.
+
+    None for a run that was begun before it was recorded; such a run has classes, and needs only its settings.
+    """
+    record = read_record(folder).get("objective") if mesh.world.rank == 0 else None
+    record = mesh.world.gather_objects(record)[0]
+    return make_objective(record) if record else None
+
+
 def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     """The demo cohort's, drawn by the main rank where it is missing."""
     data = config.data
+    if data.supervision != "classes":
+        raise ConfigError(f"--data.supervision {data.supervision} needs --data.manifest: the demo cohort has classes")
     if len(data.classes) != 2:
         raise ConfigError(f"--data.classes: the demo cohort has two, not {len(data.classes)}")
     folder = config.run.out / f"demo_cohort_{data.demo_slides}"
@@ -256,14 +294,14 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, mesh: Mesh) -> Path:
+def _find_or_open_run_folder(config: Config, manifest: Manifest, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
     answer: Path | UserError | None = None
     if mesh.world.rank == 0:
         try:
             if config.resume:
                 answer = find_run_folder(config.run.out, config.run.name)
-                check_same_settings(answer, config)
+                check_same_settings(answer, config, manifest.classes)
             else:
                 answer = open_run_folder(config.run.out, config.run.name)
         except UserError as error:

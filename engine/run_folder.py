@@ -12,6 +12,7 @@ from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
 from slidescale.engine.errors import UserError
+from slidescale.engine.objective import Objective
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
@@ -46,15 +47,19 @@ def find_run_folder(out: Path, name: str) -> Path:
     raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
 
 
-def check_same_settings(folder: Path, config: Config) -> None:
-    """Refuse to resume a run with settings that would make it another run.
+def check_same_settings(folder: Path, config: Config, classes: tuple[str, ...] | None = None) -> None:
+    """Refuse to resume a run with settings, or a manifest, that would make it another run.
+
+    Args:
+        classes: of the manifest, where it has been read.
 
     Raises:
         UserError: lists what differs, with both values.
     """
     # A run begun before a setting was there had what is now its default.
     recorded = Config(run=RunConfig(name="any")).flat()
-    recorded |= flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+    record = read_record(folder)
+    recorded |= flatten(record["config"])
     different = [
         f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
@@ -62,6 +67,15 @@ def check_same_settings(folder: Path, config: Config) -> None:
     ]
     if different:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
+    if classes is not None and (before := tuple(record["classes"])) != classes:
+        raise UserError(
+            f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
+        )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `record_run` wrote."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _numbered(out: Path, name: str) -> Iterator[Path]:
@@ -70,12 +84,15 @@ def _numbered(out: Path, name: str) -> Iterator[Path]:
         yield out / f"{name}-{number}"
 
 
-def record_run(folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...]) -> None:
-    """Write config.json: all settings, ds.json as completed, the commit and the versions."""
+def record_run(
+    folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...], objective: Objective
+) -> None:
+    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions."""
     record = {
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
+        "objective": objective.record(),
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},

@@ -20,6 +20,7 @@ from slidescale.engine.config import Config
 from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import UserError
 from slidescale.engine.history import read_history
+from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.report import save_png
 from slidescale.engine.run_folder import check_same_settings, find_run_folder
 from slidescale.engine.study_picture import Point, draw_against_k
@@ -145,7 +146,7 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
     return Outcome(
         arm.name, arm.trained, seed,
         tiles=last["tiles_a_slide"], train_loss=last["train_loss"], val_loss=last["val_loss"],
-        metric=last["val_auroc"], seconds=sum(row["seconds"] for row in rows),
+        metric=last.get(f"val_{HEADLINES[arm.config.data.supervision]}"), seconds=sum(row["seconds"] for row in rows),
     )  # fmt: skip
 
 

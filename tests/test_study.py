@@ -10,6 +10,7 @@ from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import UserError
 from slidescale.engine.history import add_epoch, read_history
+from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.run_folder import open_run_folder, record_run
 from slidescale.engine.study import Outcome, arms_of, run_study, show, tell
 
@@ -30,7 +31,7 @@ class Runner:
         folder = config.run.out / config.run.name
         if not config.resume:
             folder = open_run_folder(config.run.out, config.run.name)
-        record_run(folder, config, None, ("a", "b"))
+        record_run(folder, config, None, ("a", "b"), CrossEntropy((), 2))
         for epoch in range(len(read_history(folder)) + 1, config.run.epochs + 1):
             if self.stop_in == (config.run.name, epoch):
                 raise KeyboardInterrupt
