@@ -22,6 +22,12 @@ from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
 
+_NORM_NAMES = {
+    "total": "train/gradient_norm",
+    "aggregator": "train/gradient_norm_aggregator",
+    "encoder": "train/gradient_norm_encoder",
+}
+
 
 @dataclass
 class EpochTotals:
@@ -112,7 +118,9 @@ class Trainer:
                 {
                     "train/loss": result.loss,
                     "train/learning_rate": learning_rate,
-                    "train/gradient_norm": result.gradient_norm,
+                    **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
+                    "train/attention_entropy": result.attention_entropy,
+                    "train/effective_tiles": result.effective_tiles,
                     "speed/tiles_per_s": batch.k / (end - begin),
                     "speed/data_wait_share": batch.waited_s / (end - begin),
                     **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
