@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from slidescale.engine.checkpoint import Checkpoints, Progress
-from slidescale.engine.config import Config
+from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest, read_manifest
@@ -45,7 +45,7 @@ from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
 from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
-from slidescale.engine.trainer import Trainer
+from slidescale.engine.trainer import BEST, Trainer
 from slidescale.kernels.dispatch import KernelName, choose_kernels
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,10 @@ def run(config: Config) -> Path:
         folder, main=mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
         step=progress.step,
     )  # fmt: skip
+    run_log.hyperparameters(config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), BEST)
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
+        run_log.finished()
     finally:
         reader.close()
         run_log.close()

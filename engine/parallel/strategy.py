@@ -73,9 +73,14 @@ class Strategy(ABC):
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, with the settings of the next step."""
 
-    def learning_rate(self) -> float:
-        """The learning rate of the next step (of the first parameter group)."""
-        return self.groups()[0]["lr"]
+    def settings(self) -> dict[str, float]:
+        """Of the next step: `learning_rate`, the aggregator's; `learning_rate_encoder`, its largest, if it trains at
+        all; `weight_decay`, the largest.
+        """
+        groups = self.groups()
+        found = {"learning_rate": groups[0]["lr"], "weight_decay": max(group["weight_decay"] for group in groups)}
+        rates = [group["lr"] for group in groups if group.get("name", "").startswith("encoder")]
+        return found | ({"learning_rate_encoder": max(rates)} if rates else {})
 
     def encoder_frozen(self) -> bool:
         """Whether the next step leaves the encoder as it is."""
