@@ -1,7 +1,8 @@
 """Learning rates and weight decay step by step, and an encoder that begins to train later, under every strategy."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from slidescale.engine.optim import make_optimizer, parameter_groups
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.parallel.zero import ZeroStrategy
 from slidescale.engine.schedule import GroupSchedule, make_schedule
 
+import equivalence
 from equivalence import BAG_SIZES, Case, all_tiles, make_cohort, make_model, make_strategy, mesh_for, steps, whole
 
 # fp32 sums in another order, over five steps (as in test_equivalence).
@@ -150,6 +153,30 @@ def test_one_process(optimizer: str) -> None:
 def test_every_strategy(world: Any, strategy: str, optimizer: str) -> None:
     case = make_case(strategy, optimizer)
     for errors in world(2).run(freeze_and_thaw, case):
+        assert max(errors) <= TOLERANCE[case.dtype], errors
+
+
+@contextmanager
+def deepspeeds_optimizer(kind: dict[str, Any]) -> Iterator[None]:
+    """One that ds.json names, which DeepSpeed makes."""
+
+    def make_zero(model: SlideModel, groups: Any, _: Any, scheduler: Any, *, ds_config: dict[str, Any]) -> Strategy:
+        params = kind | {"lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "eps": 1e-2}
+        named = ds_config | {"optimizer": {"type": "AdamW", "params": params}, "zero_force_ds_cpu_optimizer": True}
+        return ZeroStrategy(model, parameter_groups(model, OPTIM), None, scheduler, ds_config=named)
+
+    with mock.patch.object(equivalence, "ZeroStrategy", make_zero):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("zero0", {"torch_adam": True}), ("zero2", {"torch_adam": True}), ("zero2+offload", {}), ("zero3+offload", {})],
+)
+def test_optimizers_that_ds_json_names(world: Any, strategy: str, kind: dict[str, Any]) -> None:
+    """PyTorch's, and DeepSpeed's for the CPU, which counts its steps in another way."""
+    case = make_case(strategy, "adamw")
+    for errors in world(2).run(freeze_and_thaw, case, partial(deepspeeds_optimizer, kind)):
         assert max(errors) <= TOLERANCE[case.dtype], errors
 
 
