@@ -171,7 +171,13 @@ def deepspeeds_optimizer(kind: dict[str, Any]) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("strategy", "kind"),
-    [("zero0", {"torch_adam": True}), ("zero2", {"torch_adam": True}), ("zero2+offload", {}), ("zero3+offload", {})],
+    [
+        ("zero0", {"torch_adam": True}),
+        ("zero2", {"torch_adam": True}),
+        # DeepSpeed compiles this one's operator, which takes a minute or more.
+        pytest.param("zero2+offload", {}, marks=pytest.mark.full),
+        pytest.param("zero3+offload", {}, marks=pytest.mark.full),
+    ],
 )
 def test_optimizers_that_ds_json_names(world: Any, strategy: str, kind: dict[str, Any]) -> None:
     """PyTorch's, and DeepSpeed's for the CPU, which counts its steps in another way."""
