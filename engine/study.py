@@ -56,7 +56,7 @@ class Outcome:
     seed: int
     tiles: float
     train_loss: float
-    val_loss: float
+    val_loss: float | None
     metric: float | None
     seconds: float
 
@@ -143,10 +143,12 @@ def _find(folder: Path, name: str) -> Path | None:
 def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
     rows = read_history(folder)
     last = rows[-1]
+    tiles, train_loss = last["tiles_a_slide"], last["train_loss"]
+    assert tiles is not None and train_loss is not None, "every epoch has these"
     return Outcome(
-        arm.name, arm.trained, seed,
-        tiles=last["tiles_a_slide"], train_loss=last["train_loss"], val_loss=last["val_loss"],
-        metric=last.get(f"val_{HEADLINES[arm.config.data.supervision]}"), seconds=sum(row["seconds"] for row in rows),
+        arm.name, arm.trained, seed, tiles=tiles, train_loss=train_loss, val_loss=last["val_loss"],
+        metric=last.get(f"val_{HEADLINES[arm.config.data.supervision]}"),
+        seconds=sum(row["seconds"] or 0.0 for row in rows),
     )  # fmt: skip
 
 

@@ -18,11 +18,18 @@ from slidescale.engine.feed import Feed
 from slidescale.engine.history import add_epoch
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
-from slidescale.engine.metrics import describe
+from slidescale.engine.metrics import HEADLINES, describe
+from slidescale.engine.objective import SupervisionName
 from slidescale.engine.report import draw_figures, draw_heatmaps, save_png, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
+
+_NORM_NAMES = {
+    "total": "train/gradient_norm",
+    "aggregator": "train/gradient_norm_aggregator",
+    "encoder": "train/gradient_norm_encoder",
+}
 
 
 @dataclass
@@ -34,6 +41,11 @@ class EpochTotals:
     tiles: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
+
+
+def best_names(supervision: SupervisionName) -> tuple[str, str]:
+    """What runs are compared by: the scalars of a run's best epoch, its loss and its headline metric."""
+    return "best/val_loss", f"best/val_{HEADLINES[supervision]}"
 
 
 class Trainer:
@@ -104,7 +116,7 @@ class Trainer:
         totals = EpochTotals(losses=[])
         begin = time.perf_counter()
         for batch in self.feed.epoch(epoch):
-            learning_rate = self.strategy.learning_rate()
+            settings = self.strategy.settings()
             result = self.train_step(batch)
             end = time.perf_counter()
             totals.losses.append(result.loss)
@@ -115,8 +127,10 @@ class Trainer:
             self.run_log.scalars(
                 {
                     "train/loss": result.loss,
-                    "train/learning_rate": learning_rate,
-                    "train/gradient_norm": result.gradient_norm,
+                    **{f"train/{name}": value for name, value in settings.items()},
+                    **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
+                    "train/attention_entropy": result.attention_entropy,
+                    "train/effective_tiles": result.effective_tiles,
                     "speed/tiles_per_s": batch.k / (end - begin),
                     "speed/data_wait_share": batch.waited_s / (end - begin),
                     **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
@@ -143,6 +157,11 @@ class Trainer:
             self.run_log.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
             if result.headline in metrics:
                 self.run_log.scalars({f"epoch/val_{result.headline}": metrics[result.headline]}, step)
+            if improved:
+                best = zip(
+                    best_names(self.config.data.supervision), (result.loss, metrics.get(result.headline)), strict=True
+                )
+                self.run_log.scalars({name: value for name, value in best if value is not None}, step)
         log.info(
             "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
             epoch + 1, self.config.run.epochs, train_loss, result, " best" if improved else "     ",
