@@ -46,15 +46,19 @@ def find_run_folder(out: Path, name: str) -> Path:
     raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
 
 
-def check_same_settings(folder: Path, config: Config) -> None:
+def check_same_settings(folder: Path, config: Config, frozen_encoder: str | None) -> None:
     """Refuse to resume a run with settings that would make it another run.
+
+    Args:
+        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
 
     Raises:
         UserError: lists what differs, with both values.
     """
     # A run begun before a setting was there had what is now its default.
     recorded = Config(run=RunConfig(name="any")).flat()
-    recorded |= flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    recorded |= flatten(record["config"])
     different = [
         f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
@@ -62,6 +66,11 @@ def check_same_settings(folder: Path, config: Config) -> None:
     ]
     if different:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
+    if frozen_encoder != record.get("frozen_encoder"):
+        raise UserError(
+            f"--resume: {folder} was begun with other weights of the frozen encoder than --model.weights or "
+            "--model.pretrained gives now: bring those back"
+        )
 
 
 def _numbered(out: Path, name: str) -> Iterator[Path]:
@@ -70,12 +79,24 @@ def _numbered(out: Path, name: str) -> Iterator[Path]:
         yield out / f"{name}-{number}"
 
 
-def record_run(folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...]) -> None:
-    """Write config.json: all settings, ds.json as completed, the commit and the versions."""
+def record_run(
+    folder: Path,
+    config: Config,
+    ds_config: dict[str, Any] | None,
+    classes: tuple[str, ...],
+    frozen_encoder: str | None = None,
+) -> None:
+    """Write config.json: all settings, ds.json as completed, the commit and the versions.
+
+    Args:
+        frozen_encoder: fingerprint of the encoder, if it is frozen: whoever predicts with the run's aggregator builds
+            the encoder from its name and weights, and can see that these are the same.
+    """
     record = {
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
+        "frozen_encoder": frozen_encoder,
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
