@@ -122,6 +122,10 @@ class ModelConfig:
     """Start from the weights timm publishes for the encoder (downloaded from the hub, or in its local cache)."""
     weights: Path | None = None
     """Start from a local state dict of the encoder (.pth or .safetensors) instead."""
+    frozen: bool = False
+    """Leave the encoder as it is and train the aggregator alone: each slide's tissue tiles are encoded once, and their
+    features kept in `features` under `run.out` (4 D bytes a tile). All else is as when the encoder trains, so that the
+    two can be compared."""
     drop_path: float = 0.0
     """Largest probability of leaving out a residual block of the encoder for a tile (stochastic depth), 0 to 1."""
     lora_rank: int = 0
@@ -341,6 +345,18 @@ class Config:
         frozen, epochs = self.optim.encoder_frozen_epochs, self.run.epochs
         rule = f"the encoder would never train: must be below --run.epochs, {epochs}"
         _require(frozen < epochs, "optim.encoder_frozen_epochs", frozen, rule)
+        if self.model.frozen:
+            once = "--model.frozen computes each tile's features once, from the tile as it is"
+            _require(not self.data.augment_symmetry, "data.augment_symmetry", self.data.augment_symmetry, once)
+            _require(not self.data.stain_jitter, "data.stain_jitter", self.data.stain_jitter, once)
+            left = "--model.frozen leaves the encoder as it is"
+            _require(not self.model.drop_path, "model.drop_path", self.model.drop_path, left)
+            _require(not self.model.lora_rank, "model.lora_rank", self.model.lora_rank, left)
+            _require(self.optim.layer_decay == 1, "optim.layer_decay", self.optim.layer_decay, left)
+            _require(not frozen, "optim.encoder_frozen_epochs", frozen, "--model.frozen never trains the encoder")
+            graphs = "--model.frozen stores no activations of the encoder"
+            _require(self.memory.policy == "auto", "memory.policy", self.memory.policy, graphs)
+            _require(not self.memory.checkpoint_blocks, "memory.checkpoint_blocks", self.memory.checkpoint_blocks, graphs)  # fmt: skip  # noqa: E501
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON can hold them."""

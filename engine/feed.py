@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import tee
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from slidescale.engine.config import Config
@@ -30,7 +29,7 @@ class Share:
 
     Attributes:
         bag: of the tile group's slide.
-        tiles: this rank's share of the bag, uint8 `[K_local, H, W, 3]`.
+        tiles: this rank's share of the bag, uint8 `[K_local, H, W, 3]`; of a frozen encoder, features `[K_local, D]`.
         count: chunks that every rank of the world encodes in this slot.
         stored: of these, the number whose graphs are stored.
         weight: factor on the slide's loss; 0 for a stand-in, which keeps a tile group without a slide in step.
@@ -51,7 +50,7 @@ class Step:
         rows: its slides, S × A of them or, at the end of an epoch, fewer.
         k: tiles in all their bags.
         slots: that every rank works on, and
-        chunks: that it encodes in all of them.
+        chunks: that it trains the encoder on in all of them; none of an encoder that the model does not have.
         shares: this rank's, a slot each; only one at a time is in memory, beside those that are read ahead.
         waited_s: time spent waiting for tiles, so far.
     """
@@ -88,7 +87,8 @@ class Feed:
             slots = [step_rows[at : at + slides] for at in range(0, len(step_rows), slides)]
             sizes = [[bag_size(self._cohort.tilings[row.slide_id], data.k) for row in slot] for slot in slots]
             counts = [max(self._mesh.tiles.chunk_count(k, self._plan.chunk) for k in ks) for ks in sizes]
-            step = Step(step_rows, sum(map(sum, sizes)), len(counts), sum(counts))
+            chunks = 0 if self._config.model.frozen else sum(counts)
+            step = Step(step_rows, sum(map(sum, sizes)), len(counts), chunks)
             shares = (
                 self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own, readings)
                 for slot, count, ks in zip(slots, counts, sizes, strict=True)
@@ -101,7 +101,7 @@ class Feed:
                     yield step
                     break
                 step.slots -= 1  # nothing to compute: the step begins with the next slot
-                step.chunks -= count
+                step.chunks -= min(step.chunks, count)
 
     def _share(
         self,
@@ -132,11 +132,9 @@ class Feed:
 
     def _stand_in(self, row: ManifestRow, count: int, stored: int) -> Share:
         """One blank tile whose loss does not count."""
-        side = self._config.data.tile_px
         bag = Bag(row, np.zeros((1, 2), np.int64), 1.0, seed=0)
         mine = self._mesh.tiles.share(bag.k)
-        tiles = torch.zeros((mine.stop - mine.start, side, side, 3), dtype=torch.uint8)
-        return Share(bag, tiles, count, stored, weight=0.0)
+        return Share(bag, self._reader.blank(mine.stop - mine.start), count, stored, weight=0.0)
 
     def _draw(self, row: ManifestRow, epoch: int) -> Bag:
         tiling = self._cohort.tilings[row.slide_id]

@@ -16,6 +16,7 @@ from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.synthetic import write_demo_cohort
@@ -23,12 +24,13 @@ from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.ds_config import complete_ds_config, read_ds_config, uses_bf16
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.feed import Feed
+from slidescale.engine.frozen import encode_cohort, fingerprint
 from slidescale.engine.logger import RunLog, configure_logging
-from slidescale.engine.memory.run_plan import make_offload, plan_run
+from slidescale.engine.memory.run_plan import make_offload, plan_encoding, plan_run
 from slidescale.engine.memory.two_pass import seeded
-from slidescale.engine.memory.usage import GIB, keep_freed_memory, return_freed_memory
+from slidescale.engine.memory.usage import GIB, keep_freed_memory, reset_peak, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator
-from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective, fit_objective, make_objective
 from slidescale.engine.parallel.mesh import (
@@ -44,6 +46,7 @@ from slidescale.engine.parallel.select import make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import (
     check_same_settings,
+    check_same_subject,
     find_run_folder,
     open_run_folder,
     read_record,
@@ -116,9 +119,11 @@ def run(config: Config) -> Path:
         kernels = choose_kernels(config.run.kernels, device)
     except ValueError as error:
         raise ConfigError(f"--run.kernels: {error}") from None
-    model = make_model(config, classes=objective.outputs, bf16=bf16, kernels=kernels).to(device)
+    make = partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels)
+    model = make(config).to(device)
     _warn_of_random_weights(config, model.encoder)
-    folder = _find_or_open_run_folder(config, manifest, mesh)
+    frozen_encoder = _fingerprint_alike(model, mesh) if config.model.frozen else None
+    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, mesh)
     if config.resume:
         objective = _resumed_objective(folder, mesh) or objective
     objective = objective.to(device)
@@ -134,6 +139,18 @@ def run(config: Config) -> Path:
     cohort = Cohort(manifest, mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
     cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
     _describe(cohort)
+    reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
+    if frozen_encoder is not None:
+        store = FeatureStore(
+            config.run.out / "features", spec, encoder=config.model.encoder, fingerprint=frozen_encoder,
+            precision="bf16" if bf16 else "fp32", dim=model.encoder.dim,
+        )  # fmt: skip
+        chunk = plan_encoding(config, make, mesh=mesh, device=device)
+        encode_cohort(model, cohort, store, reader, mesh, chunk=chunk, device=device)
+        reader.close()
+        reader = FeatureReader(store, threads=data.readers, pin=device.type == "cuda")
+        model = model.without_encoder()
+        reset_peak(device)  # training's own counts from here
 
     slides_a_step = mesh.slides * config.optim.accumulate
     slides = epoch_size(len(cohort.usable("train")), data.epoch_share)
@@ -141,13 +158,13 @@ def run(config: Config) -> Path:
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
     strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
     log.info(
-        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", config.model.encoder, _count_parameters(model) / 1e6,
-        config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
+        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", "frozen " * config.model.frozen + config.model.encoder,
+        _count_parameters(model) / 1e6, config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
         f", {slides_a_step} slides a step" if slides_a_step > 1 else "", kernels,
     )  # fmt: skip
     plan = plan_run(
         config,
-        partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels),
+        (lambda settings: make(settings).without_encoder()) if config.model.frozen else make,
         strategy=strategy.name,
         ds_config=ds_config,
         k=max(bag_size(cohort.tilings[row.slide_id], data.k) for row in cohort.usable("train")),
@@ -159,10 +176,9 @@ def run(config: Config) -> Path:
     if config.resume:
         progress = _resume(checkpoints, strategy, cohort, slides_a_step)
     if mesh.world.rank == 0:
-        record_run(folder, config, ds_config, manifest.classes, objective)
+        record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
     offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
-    reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
     feed = Feed(config, cohort, reader, mesh, plan)
     slides = epoch_size(len(cohort.usable("train")), data.epoch_share)  # a resume may have set some aside
     run_log = RunLog(
@@ -231,7 +247,23 @@ def _check_alike(config: Config, mesh: Mesh) -> None:
             raise ConfigError(f"ranks 0 and {rank} were started with different settings:\n  " + "\n  ".join(different))
 
 
-def _warn_of_random_weights(config: Config, encoder: Encoder) -> None:
+def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
+    """Of the encoder, the same on every rank.
+
+    Raises:
+        UserError: ranks have loaded different weights.
+    """
+    first, *others = mesh.world.gather_objects(fingerprint(model.encoder))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise UserError(
+                f"ranks 0 and {rank} have different weights of the frozen encoder: --model.weights must be the same "
+                "file, or the hub's cache the same, on every machine"
+            )
+    return first
+
+
+def _warn_of_random_weights(config: Config, encoder: Encoder | GivenFeatures) -> None:
     settings = config.model
     if settings.pretrained or settings.weights:
         return
@@ -241,7 +273,12 @@ def _warn_of_random_weights(config: Config, encoder: Encoder) -> None:
             "use --model.pretrained or --model.weights",
             settings.encoder,
         )
-    if encoder.has_batch_norm() and not settings.slide_norm:
+    if settings.frozen:
+        log.warning(
+            "--model.frozen keeps %s as it is, and its weights are random: use --model.pretrained or --model.weights",
+            settings.encoder,
+        )
+    elif encoder.has_batch_norm() and not settings.slide_norm:
         log.warning(
             "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
             "Use pretrained weights, an encoder with other normalisation (resnet50_gn), or --model.slide-norm",
@@ -299,14 +336,15 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, manifest: Manifest, mesh: Mesh) -> Path:
+def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_encoder: str | None, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
     answer: Path | UserError | None = None
     if mesh.world.rank == 0:
         try:
             if config.resume:
                 answer = find_run_folder(config.run.out, config.run.name)
-                check_same_settings(answer, config, manifest.classes)
+                check_same_settings(answer, config)
+                check_same_subject(answer, classes, frozen_encoder)
             else:
                 answer = open_run_folder(config.run.out, config.run.name)
         except UserError as error:

@@ -47,19 +47,15 @@ def find_run_folder(out: Path, name: str) -> Path:
     raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
 
 
-def check_same_settings(folder: Path, config: Config, classes: tuple[str, ...] | None = None) -> None:
-    """Refuse to resume a run with settings, or a manifest, that would make it another run.
-
-    Args:
-        classes: of the manifest, where it has been read.
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Refuse to go on with a run under settings that would make it another run.
 
     Raises:
         UserError: lists what differs, with both values.
     """
     # A run begun before a setting was there had what is now its default.
     recorded = Config(run=RunConfig(name="any")).flat()
-    record = read_record(folder)
-    recorded |= flatten(record["config"])
+    recorded |= flatten(read_record(folder)["config"])
     different = [
         f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
@@ -67,9 +63,27 @@ def check_same_settings(folder: Path, config: Config, classes: tuple[str, ...] |
     ]
     if different:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
-    if classes is not None and (before := tuple(record["classes"])) != classes:
+
+
+def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: str | None) -> None:
+    """Refuse to resume a run with another manifest's classes, or another frozen encoder.
+
+    Args:
+        classes: of the manifest.
+        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
+
+    Raises:
+        UserError: says which of them differs.
+    """
+    record = read_record(folder)
+    if (before := tuple(record["classes"])) != classes:
         raise UserError(
             f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
+        )
+    if frozen_encoder != record.get("frozen_encoder"):
+        raise UserError(
+            f"--resume: {folder} was begun with other weights of the frozen encoder than --model.weights or "
+            "--model.pretrained gives now: bring those back"
         )
 
 
@@ -85,14 +99,25 @@ def _numbered(out: Path, name: str) -> Iterator[Path]:
 
 
 def record_run(
-    folder: Path, config: Config, ds_config: dict[str, Any] | None, classes: tuple[str, ...], objective: Objective
+    folder: Path,
+    config: Config,
+    ds_config: dict[str, Any] | None,
+    classes: tuple[str, ...],
+    objective: Objective,
+    frozen_encoder: str | None = None,
 ) -> None:
-    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions."""
+    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions.
+
+    Args:
+        frozen_encoder: fingerprint of the encoder, if it is frozen: whoever predicts with the run's aggregator builds
+            the encoder from its name and weights, and can see that these are the same.
+    """
     record = {
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
         "objective": objective.record(),
+        "frozen_encoder": frozen_encoder,
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},

@@ -77,7 +77,7 @@ def run_study(arms: Iterable[Arm], seeds: Sequence[int], folder: Path, run: Call
         run: trains as a config says, and returns the run's folder.
     """
     arms = list(arms)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for seed in seeds:
         for arm in arms:
             name = f"{arm.name}-seed-{seed}"

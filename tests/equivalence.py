@@ -146,6 +146,9 @@ class MemoryReader:
             damaged = request.path.name in self._unreadable
             yield Reading(all_tiles(request.path)[request.coords[:, 0] // 10], damaged=damaged)
 
+    def blank(self, n: int) -> Tensor:
+        return torch.zeros((n, TILE_PX, TILE_PX, 3), dtype=torch.uint8)
+
 
 @cache
 def all_tiles(path: Path) -> Tensor:

@@ -47,6 +47,14 @@ class Cohort:
                     self.tilings[row.slide_id] = tiling
                 case str() as reason:
                     self.exclude(row.slide_id, reason)
+        self.check_splits()
+
+    def check_splits(self) -> None:
+        """Refuse a split that has lost all its slides.
+
+        Raises:
+            UserError: with the reasons.
+        """
         for split in ("train", "val", "test"):
             if self.manifest.split(split) and not self.usable(split):
                 raise UserError(f"no {split} slide is usable:\n{self._reasons()}")

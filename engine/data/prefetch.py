@@ -83,13 +83,16 @@ class TileReader:
             for reading in under_way:
                 reading.cancel()
 
+    def blank(self, n: int) -> Tensor:
+        """As many tiles without content, of the shape and dtype of those that are read."""
+        return self._empty(n).zero_()
+
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _start(self, request: TileRequest) -> Reading:
-        side = self._spec.tile_px
-        tiles = torch.empty((len(request.coords), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
+        tiles = self._empty(len(request.coords))
         # Contiguous parts, so that a thread meets neighbouring tiles and reuses what OpenSlide has just decoded.
         parts = np.array_split(np.arange(len(tiles)), self._threads)
         return Reading(
@@ -100,6 +103,10 @@ class TileReader:
                 if len(part)
             ],
         )
+
+    def _empty(self, n: int) -> Tensor:
+        side = self._spec.tile_px
+        return torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
 
     def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
         size = (self._spec.tile_px, self._spec.tile_px)

@@ -74,7 +74,7 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
     Raises:
         SlideError: see `Slide` and `tile_slide`.
     """
-    kept = cache / _cache_name(path, spec)
+    kept = cache / f"{cache_key(path, spec)}.npz"
     try:
         with np.load(kept) as stored:
             return Tiling(stored["coords"], float(stored["side_px"]))
@@ -104,12 +104,16 @@ def _otsu(values: np.ndarray) -> float:
     return float(threshold_otsu(values)) if np.ptp(values) > 0 else 0.0
 
 
-def _cache_name(path: Path, spec: TileSpec) -> str:
-    """Changes with the file and with the settings, so that a stale tiling is never found."""
+def cache_key(path: Path, spec: TileSpec) -> str:
+    """A name for what is kept of a slide's tiles; changes with the file and the settings, so that none is stale.
+
+    Raises:
+        SlideError: there is no such file.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise SlideError(f"cannot open {path}: {error.strerror}") from None
     key = [str(path.resolve()), status.st_size, status.st_mtime_ns, asdict(spec)]
     key += [MASK_PX_A_TILE, LOWEST_THRESHOLD, HIGHEST_THRESHOLD]
-    return f"{path.stem}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}.npz"
+    return f"{path.stem}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}"

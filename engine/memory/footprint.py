@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from slidescale.engine.models.dropout import Draw, drawing_for
+from slidescale.engine.models.encoder import GivenFeatures
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
@@ -84,6 +85,7 @@ class Footprint:
         backward_flops: of a tile's backward in the encoder, with what activation checkpointing computes again.
         aggregator_flops: of aggregating n tiles' features, without going back.
         traffic: bytes that operators write for a tile, forward and backward.
+        given: features are read, and no tile is encoded (a frozen encoder).
     """
 
     flavour: str
@@ -105,6 +107,12 @@ class Footprint:
     backward_flops: float
     aggregator_flops: Curve
     traffic: float
+    given: bool = False
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of what is read of a tile: its pixels, or its features in fp32."""
+        return 4 * self.dim if self.given else 3 * self.tile_px**2
 
 
 class LiveBytes(TorchDispatchMode):
@@ -213,12 +221,19 @@ def measure(
         backward_flops=backward_flops,
         aggregator_flops=Curve(tuple(bags), tuple(count for _, count in aggregations)),
         traffic=graphs[-1].written / chunks[-1],
+        given=isinstance(model.encoder, GivenFeatures),
     )
+
+
+def measure_forward(make: Callable[[], SlideModel], *, tile_px: int, chunks: Sequence[int], device: str) -> Curve:
+    """Peak bytes of encoding a chunk of tiles without a graph; arguments as `measure`'s."""
+    with _fake(make, device) as model:
+        return Curve(tuple(chunks), tuple(_measure_forward(model, n, tile_px, device) for n in chunks))
 
 
 def _measure_forward(model: SlideModel, n: int, tile_px: int, device: str) -> int:
     """Peak bytes of encoding n tiles without a graph."""
-    tiles = _tiles(n, tile_px, device)
+    tiles = _tiles(model, n, tile_px, device)
     with LiveBytes(_known(model, tiles)) as live, torch.no_grad():
         _encode(model, tiles)
     return live.peak
@@ -227,9 +242,9 @@ def _measure_forward(model: SlideModel, n: int, tile_px: int, device: str) -> in
 def _count_flops(model: SlideModel, tile_px: int) -> tuple[int, int]:
     """Of encoding one tile, and of going back."""
     with _counting_flops() as flops, torch.no_grad():
-        _encode(model, _tiles(1, tile_px, "cpu"))
+        _encode(model, _tiles(model, 1, tile_px, "cpu"))
     with _counting_flops() as both:
-        _back(_encode(model, _tiles(1, tile_px, "cpu")), torch.empty((1, model.encoder.dim)))
+        _back(_encode(model, _tiles(model, 1, tile_px, "cpu")), torch.empty((1, model.encoder.dim)))
     return flops.get_total_flops(), both.get_total_flops() - flops.get_total_flops()
 
 
@@ -250,17 +265,21 @@ class _Graph:
 
 def _measure_graph(model: SlideModel, n: int, tile_px: int, device: str, *, backward: bool) -> _Graph:
     """Encode n tiles with a graph, and go back if `backward`."""
-    tiles = _tiles(n, tile_px, device)
+    tiles = _tiles(model, n, tile_px, device)
     gradient = torch.empty((n, model.encoder.dim), device=tiles.device)
     with LiveBytes(_known(model, tiles, gradient)) as live:
         features = _encode(model, tiles)
+        if not features.requires_grad:  # they are given
+            return _Graph(0, 0, 0, 0, 0)
         kept, building, storage = live.now - features.untyped_storage().nbytes(), live.peak, live.largest
         if backward:
             _back(features, gradient)
     return _Graph(kept, building, live.peak, storage, live.written)
 
 
-def _tiles(n: int, tile_px: int, device: str) -> Tensor:
+def _tiles(model: SlideModel, n: int, tile_px: int, device: str) -> Tensor:
+    if isinstance(model.encoder, GivenFeatures):
+        return torch.empty((n, model.encoder.dim), device=_fake_device(device))
     return torch.empty((n, tile_px, tile_px, 3), dtype=torch.uint8, device=_fake_device(device))
 
 
@@ -274,6 +293,8 @@ def _encode(model: SlideModel, tiles: Tensor) -> Tensor:
 
 
 def _back(features: Tensor, gradient: Tensor) -> None:
+    if not features.requires_grad:
+        return
     with drawing_for(Draw(seed=0, first=0, count=len(features))):  # which activation checkpointing draws again
         (features * gradient).sum().backward()
 

@@ -164,7 +164,7 @@ class Need:
     """Bytes that a step needs beyond the base, at its peak.
 
     Attributes:
-        pixels: uint8, of all bags alive.
+        pixels: uint8, of all bags alive; of a frozen encoder, their features as they are read.
         features: of all the rank's tiles, their gradient, and the aggregator's activations.
         graphs: stored, at the time of the peak.
         chunk: activations of the chunk that is computed, with what kernels use inside themselves.
@@ -218,7 +218,7 @@ class Job:
         share = SCRATCH_SHARE[footprint.flavour]
         scratch = round(share * footprint.backward(full)) + SCRATCH_BYTES[footprint.flavour]
         row = FP32 * footprint.dim
-        bag = local * footprint.tile_px**2 * 3
+        bag = local * footprint.tile_bytes
         # `TileReader.ahead` has `prefetch` bags under way beside the one handed out, which stays on the host.
         on_host = (1 + self.prefetch) * bag
         cuda = footprint.flavour == "cuda"

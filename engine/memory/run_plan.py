@@ -11,16 +11,20 @@ import torch
 
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory.footprint import Footprint, measure
+from slidescale.engine.evaluation import CHUNKS_AHEAD
+from slidescale.engine.memory.footprint import Footprint, measure, measure_forward
 from slidescale.engine.memory.offload import Offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.memory.planner import (
+    CHUNK_CAP,
     FP32,
     HELPS,
     MAX_LIVE,
     MOMENTS,
     REDUCE_BUCKET,
+    SCRATCH_BYTES,
+    SCRATCH_SHARE,
     Job,
     ModelState,
     OptimizerName,
@@ -39,6 +43,8 @@ log = logging.getLogger(__name__)
 # Of what is free at the start, the share that budget auto takes. On a GPU the rest covers fragmentation. On a CPU glibc
 # keeps freed blocks, up to as much again as is alive in fp32 (see `return_freed_memory`), and other programs live too.
 SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
+# Of a frozen encoder: rows of features that pass at once where tiles would be encoded, which costs nothing.
+FEATURES_CHUNK = 1024
 
 
 def plan_run(
@@ -86,22 +92,26 @@ def plan_run(
     on_host = offload_parameters and device.type == "cuda"
     to_come = _to_come(state, footprint, strategy, shards, on_host=on_host)
     base = max(mesh.world.gather_objects(held_bytes(device) + to_come))
-    if memory.budget == "auto":
-        budget = held_bytes(device) + round(
-            SHARE_OF_FREE[device.type] * available_bytes(device) / (1 if device.type == "cuda" else local_ranks())
-        )
-    else:
-        budget = parse_size(memory.budget, "--memory.budget")
-    budget = min(mesh.world.gather_objects(budget))
+    budget = _budget(config, mesh, device)
     job = Job(footprint=footprint, ranks=ranks, prefetch=config.data.prefetch, update=state.update)
     try:
-        plan = choose(job, k=k, budget=budget, base=base, policy=memory.policy, chunk=memory.chunk)
+        if footprint.given:
+            plan = choose(job, k=k, budget=budget, base=base, policy="recompute", chunk=FEATURES_CHUNK)
+        else:
+            plan = choose(job, k=k, budget=budget, base=base, policy=memory.policy, chunk=memory.chunk)
     except ConfigError as error:
         raise ConfigError(f"{error}. {HELPS}") from None
-    log.info(
-        "memory: policy %s, chunks of %d tiles, graphs of %d of %d chunks stored at K = %d; planned peak %s a rank, "
-        "budget %s", plan.policy, plan.chunk, plan.stored, plan.chunks, k, format_size(plan.peak), format_size(budget),
-    )  # fmt: skip
+    if footprint.given:
+        log.info(
+            "memory: features are read, and no tile is encoded; planned peak %s a rank at K = %d, budget %s",
+            format_size(plan.peak), k, format_size(budget),
+        )  # fmt: skip
+    else:
+        log.info(
+            "memory: policy %s, chunks of %d tiles, graphs of %d of %d chunks stored at K = %d; "
+            "planned peak %s a rank, budget %s",
+            plan.policy, plan.chunk, plan.stored, plan.chunks, k, format_size(plan.peak), format_size(budget),
+        )  # fmt: skip
     if plan.warning:
         log.warning("%s", plan.warning)
     if device.type == "cuda" and plan.need.away * local_ranks() > available_bytes(torch.device("cpu")):
@@ -111,6 +121,44 @@ def plan_run(
             format_size(plan.need.away),
         )
     return plan
+
+
+def plan_encoding(
+    config: Config, make_model: Callable[[Config], SlideModel], *, mesh: Mesh, device: torch.device
+) -> int:
+    """Tiles that a frozen encoder takes at once, alike on every rank: as many as are fast, and fit.
+
+    Args:
+        make_model: as for `plan_run`, with the encoder.
+
+    Raises:
+        ConfigError: not even one tile fits.
+    """
+    if config.memory.chunk != "auto":
+        return config.memory.chunk
+    cap = CHUNK_CAP[device.type]
+    room = _budget(config, mesh, device) - max(mesh.world.gather_objects(held_bytes(device)))
+    sizes = [cap >> shift for shift in range(cap.bit_length())]
+    chosen = None
+    if mesh.world.rank == 0:
+        make = partial(make_model, _without_weights(config))
+        tile_px = config.data.tile_px
+        forward = measure_forward(make, tile_px=tile_px, chunks=[1, cap // 4, cap], device=device.type)
+        scratch = SCRATCH_BYTES[device.type]
+        # On a CPU the tiles that are read ahead take the same memory.
+        bags = 1 if device.type == "cuda" else 2 + CHUNKS_AHEAD
+
+        def need(size: int) -> int:
+            return round((1 + SCRATCH_SHARE[device.type]) * forward(size)) + scratch + bags * size * 3 * tile_px**2
+
+        chosen = next((size for size in sizes if need(size) <= room), None)
+    chosen = mesh.world.gather_objects(chosen)[0]
+    if chosen is None:
+        raise ConfigError(
+            f"not even one tile can be encoded in the {format_size(max(room, 0))} that --memory.budget leaves beside "
+            "the encoder: give more, or take a smaller --data.tile-px or --model.encoder"
+        )
+    return chosen
 
 
 def make_offload(config: Config, folder: Path, mesh: Mesh, device: torch.device) -> Offload | None:
@@ -126,15 +174,29 @@ def make_offload(config: Config, folder: Path, mesh: Mesh, device: torch.device)
 def _measure(
     config: Config, make_model: Callable[[Config], SlideModel], *, local_k: int, device: torch.device
 ) -> Footprint:
-    without_weights = dataclasses.replace(config.model, pretrained=False, weights=None)
-    chunks, bags = sizes_to_measure(local_k, config.memory.chunk, device.type)
+    chunk = FEATURES_CHUNK if config.model.frozen else config.memory.chunk
+    chunks, bags = sizes_to_measure(local_k, chunk, device.type)
     return measure(
-        partial(make_model, dataclasses.replace(config, model=without_weights)),
+        partial(make_model, _without_weights(config)),
         tile_px=config.data.tile_px,
         chunks=chunks,
         bags=bags,
         device=device.type,
     )
+
+
+def _without_weights(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
+
+
+def _budget(config: Config, mesh: Mesh, device: torch.device) -> int:
+    """Bytes that a rank may take in all, the least of all ranks'."""
+    if config.memory.budget == "auto":
+        share = SHARE_OF_FREE[device.type] / (1 if device.type == "cuda" else local_ranks())
+        budget = held_bytes(device) + round(share * available_bytes(device))
+    else:
+        budget = parse_size(config.memory.budget, "--memory.budget")
+    return min(mesh.world.gather_objects(budget))
 
 
 def _is_offloaded(section: dict[str, Any] | None) -> bool:

@@ -86,7 +86,7 @@ def encode(model: SlideModel, chunks: Chunks, stored: int = 0, saving: Saving = 
 
 
 def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward: Backward) -> None:
-    """Add to the encoder's parameters the gradient that flows through every tile of this rank.
+    """Add to the encoder's parameters the gradient that flows through every tile of this rank, if any trains.
 
     Stored graphs go first, the last one first, and each is freed; then the other chunks are encoded again.
 
@@ -96,6 +96,8 @@ def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward:
     """
     gradient = encoded.features.grad
     assert gradient is not None, "the aggregator's backward must come first"
+    if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        return  # the gradient has nowhere to go
     again = chunks.count - len(encoded.graphs)
     while encoded.graphs:
         rows, features = encoded.graphs.pop()

@@ -103,6 +103,32 @@ class Encoder(nn.Module):
         return any(isinstance(module, _BatchNorm) for module in self.modules())
 
 
+class GivenFeatures(nn.Module):
+    """In place of a frozen encoder: hands on the features `[n, D]` that it is given, as the encoder computed them.
+
+    Args:
+        name: of the encoder.
+        dim: D.
+    """
+
+    def __init__(self, name: str, dim: int) -> None:
+        super().__init__()
+        self.name = name
+        self.dim = dim
+        self.backbone = nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """As they are."""
+        return self.backbone(features)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Nothing is computed, so nothing is forgotten."""
+
+    def has_batch_norm(self) -> bool:
+        """None: nothing is computed."""
+        return False
+
+
 def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, drop_path: float) -> Any:
     """Build the timm model without its classifier."""
     is_hub_name = ":" in name

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from slidescale.engine.models.aggregator import Aggregator
-from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 
@@ -17,14 +17,20 @@ class SlideModel(nn.Module):
         autocast: dtype that matrix products run in; None computes in the parameters' own precision.
     """
 
-    def __init__(self, encoder: Encoder, aggregator: Aggregator, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder | GivenFeatures, aggregator: Aggregator, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.aggregator = aggregator
         self._autocast = autocast
 
+    def without_encoder(self) -> "SlideModel":
+        """The same aggregator on features that are given, for a frozen encoder."""
+        return SlideModel(GivenFeatures(self.encoder.name, self.encoder.dim), self.aggregator, self._autocast)
+
     def encode(self, tiles: Tensor) -> Tensor:
-        """uint8 `[n, H, W, 3]` to features `[n, D]`, in at least fp32."""
+        """uint8 `[n, H, W, 3]` to features `[n, D]`, in at least fp32; given features pass as they are."""
         with self._precision(tiles.device):
             return _at_least_fp32(self.encoder(tiles))
 

@@ -1,0 +1,123 @@
+"""Features of a frozen encoder: computed once a slide, kept on disk, and read as if they were tiles.
+
+A slide's file is a safetensors file with `features` fp32 `[N, D]` of all its tissue tiles, and their `coords` int64
+`[N, 2]` in the tiling's order.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.tiling import TileSpec, Tiling, cache_key
+from slidescale.engine.errors import SlideError
+
+# Part of a folder's name, to be raised when what is in a file changes.
+FORMAT = 1
+
+
+class FeatureStore:
+    """The files of one encoder's features, a slide each.
+
+    Names change with all that features follow from, so that stale ones are never found: the folder's with the
+    encoder, its weights, the tiles and the precision, a file's with the slide's file.
+
+    Args:
+        root: folder of all encoders' features.
+        encoder: name of the encoder.
+        fingerprint: of its weights and constants (see `frozen.fingerprint`).
+        precision: of its matrix products, "bf16" or "fp32".
+        dim: D.
+    """
+
+    def __init__(self, root: Path, spec: TileSpec, *, encoder: str, fingerprint: str, precision: str, dim: int) -> None:
+        key = json.dumps([FORMAT, encoder, fingerprint, precision, asdict(spec)])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        self.folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', encoder)}-{digest}"
+        self.spec = spec
+        self.dim = dim
+
+    def file(self, slide: Path) -> Path:
+        """Where the features of a slide's file are, or would be.
+
+        Raises:
+            SlideError: there is no such slide.
+        """
+        return self.folder / f"{cache_key(slide, self.spec)}.safetensors"
+
+    def has(self, slide: Path, tiling: Tiling) -> bool:
+        """Whether the features of a slide's tiles are there; what is damaged is deleted.
+
+        Raises:
+            SlideError: there is no such slide.
+        """
+        file = self.file(slide)
+        if not file.exists():
+            return False
+        try:
+            with safe_open(file, framework="numpy") as kept:
+                shape = kept.get_slice("features").get_shape()
+                if shape == [len(tiling.coords), self.dim] and np.array_equal(kept.get_tensor("coords"), tiling.coords):
+                    return True
+        except (SafetensorError, OSError):
+            pass
+        file.unlink()
+        return False
+
+    def save(self, slide: Path, tiling: Tiling, features: Tensor) -> None:
+        """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all."""
+        file = self.file(slide)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+class FeatureReader(TileReader):
+    """Reads features as `TileReader` reads tiles: a `Reading` holds fp32 `[n, D]` of the tiles that are asked for."""
+
+    def __init__(self, store: FeatureStore, *, threads: int, pin: bool) -> None:
+        super().__init__(store.spec, threads=threads, pin=pin)
+        self._store = store
+
+    def _empty(self, n: int) -> Tensor:
+        return torch.empty((n, self._store.dim), dtype=torch.float32, pin_memory=self._pin)
+
+    def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
+        file = self._store.file(path)
+        try:
+            with safe_open(file, framework="pt") as kept:  # maps the file, and reads what is looked at
+                places, features = kept.get_tensor("coords").numpy(), kept.get_tensor("features").numpy()
+        except (SafetensorError, OSError) as error:
+            raise SlideError(f"{path}: cannot read its features in {file}: {error}") from None
+        out[:] = features[_rows(places, coords, path)]
+
+
+def _rows(places: np.ndarray, coords: np.ndarray, slide: Path) -> np.ndarray:
+    """Indices of tiles `coords` `[n, 2]` among `places` `[N, 2]`, which are in reading order.
+
+    Raises:
+        SlideError: a tile is not among them.
+    """
+    known, wanted = _order(places), _order(coords)
+    rows = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    if not np.array_equal(known[rows], wanted):
+        raise SlideError(f"{slide}: its features are of other tiles")
+    return rows
+
+
+def _order(coords: np.ndarray) -> np.ndarray:
+    """A number for each (x, y), ascending in reading order; sides of slides are below 2³¹ pixels."""
+    return (coords[:, 1].astype(np.int64) << 31) + coords[:, 0]

@@ -1,0 +1,141 @@
+"""The frozen baseline: every tile's features once, by an encoder that is not trained; then the aggregator alone.
+
+What trains, on what, and how it is judged is the same as end to end: splits, bags, metrics and checkpoints.
+"""
+
+import hashlib
+import logging
+import time
+
+import torch
+from torch import Tensor, nn
+
+from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.features import FeatureStore
+from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.tiling import Tiling
+from slidescale.engine.errors import SlideError, UserError
+from slidescale.engine.evaluation import CHUNKS_AHEAD
+from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """Of all values in an encoder: its weights, statistics, and the constants that prepare its tiles."""
+    digest = hashlib.blake2b(digest_size=16)
+    buffers = {name: tensor for name, tensor in encoder.named_buffers() if "stain" not in name}
+    for name, tensor in sorted({**encoder.state_dict(), **buffers}.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encode_cohort(
+    model: SlideModel,
+    cohort: Cohort,
+    store: FeatureStore,
+    reader: TileReader,
+    mesh: Mesh,
+    *,
+    chunk: int,
+    device: torch.device,
+) -> None:
+    """Put the features of every usable slide's tissue tiles into the store, those that are not there.
+
+    Ranks encode whole slides, each its share, and talk only when all are done. A slide that cannot be read is set
+    aside, on every rank.
+
+    Args:
+        chunk: tiles that go through the encoder at once.
+
+    Raises:
+        UserError: features cannot be written, or are not where every rank sees them; too many slides are unusable.
+    """
+    rows = {row.slide_id: row for row in cohort.manifest.rows if row.slide_id not in cohort.excluded}
+    # The main rank looks for all: a file that appears meanwhile, another run's, would divide the ranks.
+    missing = mesh.world.gather_objects([] if mesh.world.rank else _missing(rows, cohort, store))[0]
+    tiles = {slide_id: len(cohort.tilings[slide_id].coords) for slide_id in missing}
+    log.info(
+        "frozen encoder: %s has features of %d slides; %d slides (%s tiles) are to be encoded, %d tiles at a time",
+        store.folder, len(rows) - len(missing), len(missing), f"{sum(tiles.values()):,}", chunk,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    faults: list[tuple[str, str]] = []
+    trouble = None
+    model.eval()
+    for slide_id in _deal(tiles, mesh.world.size)[mesh.world.rank]:
+        row, tiling = rows[slide_id], cohort.tilings[slide_id]
+        try:
+            store.save(row.path, tiling, encode_slide(model, row, tiling, reader, chunk=chunk, device=device))
+        except SlideError as error:
+            faults.append((slide_id, str(error)))
+        except OSError as error:  # a full disk, say; the other ranks hear of it below
+            trouble = f"cannot write features to {store.folder}: {error}"
+            break
+    everyones = mesh.world.gather_objects((faults, trouble))
+    for _, each in everyones:
+        if each is not None:
+            raise UserError(each)
+    for theirs, _ in everyones:
+        for slide_id, reason in theirs:
+            cohort.exclude(slide_id, reason)
+    cohort.check_splits()
+    if missing:
+        seconds = time.perf_counter() - begin
+        log.info("features ready (%.0f s, %.0f tiles/s)", seconds, sum(tiles.values()) / seconds)
+    unseen = [row.path for row in rows.values() if row.slide_id not in cohort.excluded and not _is_there(row, store)]
+    if any(mesh.world.gather_objects(unseen)):
+        raise UserError(
+            f"not every rank sees the features in {store.folder}: --run.out must be on a file system that all share"
+        )
+
+
+def encode_slide(
+    model: SlideModel, row: ManifestRow, tiling: Tiling, reader: TileReader, *, chunk: int, device: torch.device
+) -> Tensor:
+    """Features fp32 `[N, D]`, on the CPU, of all tiles of a slide, which are read while others are encoded.
+
+    Raises:
+        SlideError: the slide cannot be read.
+    """
+    coords = tiling.coords
+    requests = (TileRequest(row.path, coords[at : at + chunk]) for at in range(0, len(coords), chunk))
+    parts = []
+    with torch.no_grad():
+        for reading in reader.ahead(requests, CHUNKS_AHEAD):
+            parts.append(model.encode(reading.wait().to(device, non_blocking=True)).float().cpu())
+    return torch.cat(parts)
+
+
+def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) -> list[str]:
+    """The slides without features; one that is no longer there counts, and is told of when it is to be read."""
+    missing = []
+    for slide_id, row in rows.items():
+        try:
+            if store.has(row.path, cohort.tilings[slide_id]):
+                continue
+        except SlideError:
+            pass
+        missing.append(slide_id)
+    return missing
+
+
+def _is_there(row: ManifestRow, store: FeatureStore) -> bool:
+    try:
+        return store.file(row.path).exists()
+    except SlideError:
+        return False
+
+
+def _deal(tiles: dict[str, int], ranks: int) -> list[list[str]]:
+    """Slides for each rank, with about as many tiles for each: the largest first, to the rank that has least."""
+    hands: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for slide_id in sorted(tiles, key=lambda slide_id: (-tiles[slide_id], slide_id)):
+        rank = loads.index(min(loads))
+        hands[rank].append(slide_id)
+        loads[rank] += tiles[slide_id]
+    return hands

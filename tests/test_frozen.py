@@ -1,0 +1,361 @@
+"""The frozen baseline: features computed once, and the aggregator trained on them as it is end to end."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from slidescale.engine import main
+from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.data import features as features_module
+from slidescale.engine.data.bag import draw_bag, epoch_order
+from slidescale.engine.data.features import FeatureReader, FeatureStore
+from slidescale.engine.data.manifest import ManifestRow, read_manifest
+from slidescale.engine.data.prefetch import TileRequest
+from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
+from slidescale.engine.ds_config import Schedule
+from slidescale.engine.errors import ConfigError, SlideError, UserError
+from slidescale.engine.frozen import _deal, fingerprint
+from slidescale.engine.memory.footprint import measure
+from slidescale.engine.memory.planner import Job, choose
+from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.optim import make_optimizer, make_scheduler, parameter_groups
+from slidescale.engine.parallel.tile_parallel import TileGroup
+
+from conftest import damage, read_csv
+
+ROOT = Path(__file__).parent.parent
+SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
+
+
+def write_weights(path: Path, seed: int = 1) -> Path:
+    """Of a network with BatchNorm layers whose statistics are not those it starts with."""
+    torch.manual_seed(seed)
+    encoder = Encoder("test_resnet", tile_px=64)
+    state = {
+        name: torch.rand_like(value) + 0.5 if "running_var" in name else value
+        for name, value in encoder.backbone.state_dict().items()
+    }
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return write_weights(tmp_path / "weights.pth")
+
+
+def make_config(manifest: Path, out: Path, weights: Path, *, frozen: bool = True, **changes: Any) -> Config:
+    return Config(
+        run=RunConfig(**({"name": "t", "out": out, "epochs": 1, "precision": "fp32", "heatmaps": 0} | changes)),
+        data=DataConfig(manifest=manifest, tile_px=64, k=12, classes=("wild_type", "mutant"), max_excluded=0.25),
+        model=ModelConfig(
+            encoder="test_resnet", weights=weights, frozen=frozen, hidden_dim=16, attention_dim=8, dropout=0.0
+        ),
+        memory=MemoryConfig(chunk=64),
+        optim=OptimConfig(optimizer="sgd", lr=0.02, clip=0.5),
+    )
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Tiles that went through an encoder since the last question."""
+    seen = [0]
+    original = Encoder.forward
+
+    def forward(self: Encoder, tiles: Tensor) -> Tensor:
+        if tiles.device.type != "meta" and type(tiles) is Tensor:
+            seen[0] += len(tiles)
+        return original(self, tiles)
+
+    def ask() -> int:
+        count, seen[0] = seen[0], 0
+        return count
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    return ask
+
+
+def losses(folder: Path) -> list[float]:
+    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+def kept(out: Path) -> dict[str, Path]:
+    """Features' files by slide."""
+    return {file.name.rsplit("-", 1)[0]: file for file in sorted((out / "features").glob("*/*"))}
+
+
+def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
+    with Slide(row.path) as slide:
+        return torch.from_numpy(np.stack([slide.read(int(x), int(y), (64, 64), 0.5) for x, y in tiling.coords]))
+
+
+def test_features_are_the_encoders_own(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
+    config = make_config(demo_manifest, tmp_path, weights)
+    folder = main.run(config)
+    files = kept(tmp_path)
+    rows = read_manifest(demo_manifest, config.data).rows
+    assert set(files) == {row.slide_id for row in rows}, "of all splits, and nothing unfinished beside them"
+    encoder = Encoder("test_resnet", tile_px=64, weights=weights).eval()
+    tiling = cached_tiling(rows[0].path, SPEC, tmp_path / "tilings")
+    found = load_file(files[rows[0].slide_id])
+    assert np.array_equal(found["coords"].numpy(), tiling.coords)
+    with torch.no_grad():
+        expected = encoder(read_all_tiles(rows[0], tiling))
+    # A batch of another size may add up in another order.
+    torch.testing.assert_close(found["features"], expected, rtol=1e-5, atol=1e-6)
+    assert expected.std(0).max() > 1e-3, "tiles differ"
+    state = torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)
+    assert state["model"] and all(name.startswith("aggregator.") for name in state["model"])
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["model"]["frozen"] and record["frozen_encoder"] == fingerprint(encoder)
+    assert "scalars" in EventAccumulator(str(folder)).Reload().Tags()
+
+
+def test_the_aggregator_trains_as_plain_autograd_on_these_features(
+    demo_manifest: Path, tmp_path: Path, weights: Path
+) -> None:
+    """An epoch, from the files, without the engine's feed, step and reader."""
+    config = make_config(demo_manifest, tmp_path, weights)
+    folder = main.run(config)
+    rows = [row for row in read_manifest(demo_manifest, config.data).rows if row.split == "train"]
+    assert len(rows) >= 3
+    model = main.make_model(config, classes=2, bf16=False, kernels="torch").without_encoder()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
+    scheduler = make_scheduler(optimizer, config.optim, Schedule(len(rows), len(rows)))
+    objective, told = CrossEntropy((), 2), []
+    for row in epoch_order(rows, seed=0, epoch=0):
+        bag = draw_bag(row, cached_tiling(row.path, SPEC, tmp_path / "tilings"), 12, seed=0, epoch=0)
+        file = load_file(kept(tmp_path)[row.slide_id])
+        places = {tuple(place): index for index, place in enumerate(file["coords"].tolist())}
+        features = file["features"][[places[x, y] for x, y in bag.coords.tolist()]]
+        logits, _ = model.aggregate(features, bag.places, TileGroup())
+        loss = objective(logits, row.label)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        told.append(loss.item())
+    assert losses(folder) == pytest.approx(told, rel=1e-5)
+    found = torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)["model"]
+    assert found.keys() == start.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert max(float((found[name] - start[name]).abs().max()) for name in start) > 1e-3, "it has moved"
+
+
+def test_it_starts_as_end_to_end_does(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
+    """The same bags, and the same aggregator: only what trains differs."""
+    frozen = main.run(make_config(demo_manifest, tmp_path, weights, name="frozen"))
+    trained = main.run(make_config(demo_manifest, tmp_path, weights, name="trained", frozen=False))
+    first, second = losses(frozen), losses(trained)
+    assert first[0] == pytest.approx(second[0], rel=1e-5)
+    assert first[-1] != pytest.approx(second[-1], rel=1e-5)
+    ours, theirs = read_csv(frozen / "predictions.csv"), read_csv(trained / "predictions.csv")
+    assert [(row["slide_id"], row["k"]) for row in ours] == [(row["slide_id"], row["k"]) for row in theirs]
+
+
+def test_a_second_run_reads_and_does_not_encode(
+    demo_manifest: Path, tmp_path: Path, weights: Path, encoded: Callable[[], int]
+) -> None:
+    first = main.run(make_config(demo_manifest, tmp_path, weights))
+    files = kept(tmp_path)
+    tiles = {name: len(load_file(file)["coords"]) for name, file in files.items()}
+    assert encoded() == sum(tiles.values()), "each tile once"
+    second = main.run(make_config(demo_manifest, tmp_path, weights))
+    assert encoded() == 0
+    assert losses(first) == losses(second)
+
+    spoilt, *_ = files
+    files[spoilt].write_bytes(files[spoilt].read_bytes()[:-100])
+    main.run(make_config(demo_manifest, tmp_path, weights))
+    assert encoded() == tiles[spoilt], "a file that is cut short is written again"
+
+    write_weights(weights, seed=2)
+    third = main.run(make_config(demo_manifest, tmp_path, weights))
+    assert encoded() == sum(tiles.values()), "other weights, by the same name"
+    assert losses(third) != losses(first)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    write_weights(weights, seed=3)
+    longer = make_config(demo_manifest, tmp_path, weights, epochs=2)
+    with pytest.raises(UserError, match="--resume: .*was begun with other weights of the frozen encoder"):
+        main.run(dataclasses.replace(longer, resume=True))
+
+
+def test_another_precision_or_tile_has_other_features(tmp_path: Path) -> None:
+    def folder(**changes: Any) -> Path:
+        given = {"encoder": "hf-hub:a/b", "fingerprint": "1", "precision": "fp32", "dim": 8}
+        spec = dataclasses.replace(SPEC, **{key: changes.pop(key) for key in list(changes) if hasattr(SPEC, key)})
+        return FeatureStore(tmp_path, spec, **(given | changes)).folder
+
+    folders = [folder(), folder(precision="bf16"), folder(fingerprint="2"), folder(encoder="b"), folder(mpp_um=1.0)]
+    assert len(set(folders)) == len(folders)
+    assert folder() == folder()
+    assert folder().parent == tmp_path, "a slash in a name makes no folder"
+
+
+def test_the_fingerprint_is_of_all_that_features_follow_from() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("test_resnet", tile_px=64)
+    before = fingerprint(encoder)
+    assert before == fingerprint(encoder)
+    for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:
+        if tensor.is_floating_point() and "stain" not in name:
+            old = tensor.detach().clone()
+            with torch.no_grad():
+                tensor.view(-1)[-1] += 1
+            assert fingerprint(encoder) != before, name
+            with torch.no_grad():
+                tensor.copy_(old)
+    assert fingerprint(encoder) == before
+
+
+def test_reading_features(tmp_path: Path, demo_manifest: Path) -> None:
+    slide = next((demo_manifest.parent / "slides").iterdir())
+    x, y = np.meshgrid(np.arange(7) * 130, np.arange(5) * 129)
+    tiling = Tiling(np.stack([x.ravel(), y.ravel()], axis=1).astype(np.int64), 129.5)
+    store = FeatureStore(tmp_path, SPEC, encoder="e", fingerprint="1", precision="fp32", dim=3)
+    features = torch.randn(35, 3)
+    assert not store.has(slide, tiling)
+    store.save(slide, tiling, features)
+    assert store.has(slide, tiling)
+    reader = FeatureReader(store, threads=2, pin=False)
+    chosen = [[0], [34], [3, 7, 8, 20, 33], [], list(range(35))]
+    requests = [TileRequest(slide, tiling.coords[rows]) for rows in chosen]
+    for rows, reading in zip(chosen, reader.ahead(requests, 2), strict=True):
+        assert torch.equal(reading.wait(), features[rows])
+    assert torch.equal(reader.blank(2), torch.zeros(2, 3))
+    for other in ([[1, 0]], [[10_000, 10_000]]):
+        reading = next(iter(reader.ahead([TileRequest(slide, np.array(other))], 0)))
+        with pytest.raises(SlideError, match="its features are of other tiles"):
+            reading.wait()
+    assert not store.has(slide, Tiling(tiling.coords[1:], 129.5)), "another tiling"
+    reading = next(iter(reader.ahead([TileRequest(slide, tiling.coords)], 0)))
+    with pytest.raises(SlideError, match="cannot read its features"):
+        reading.wait()
+    reader.close()
+
+
+def test_work_is_dealt_evenly() -> None:
+    tiles = {f"s{index}": size for index, size in enumerate([900, 5, 400, 300, 300, 10])}
+    hands = _deal(tiles, 3)
+    assert sorted(name for hand in hands for name in hand) == sorted(tiles)
+    assert max(sum(tiles[name] for name in hand) for hand in hands) == 900
+    assert _deal({}, 2) == [[], []]
+
+
+def test_unreadable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, weights: Path) -> None:
+    rows = read_csv(cohort_copy)
+    spoilt = [next(row for row in rows if row["split"] == split) for split in ("train", "val")]
+    for row in spoilt:
+        damage(cohort_copy.parent / row["path"])
+    folder = main.run(make_config(cohort_copy, tmp_path, weights))
+    reasons = {row["slide_id"]: row["reason"] for row in read_csv(folder / "excluded.csv")}
+    assert set(reasons) == {row["slide_id"] for row in spoilt}
+    assert all("cannot read at" in reason for reason in reasons.values())
+    assert not set(kept(tmp_path)) & set(reasons), "no file of a part of a slide"
+
+
+def test_a_full_disk_is_told(
+    demo_manifest: Path, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features_module, "save_file", fail)
+    with pytest.raises(UserError, match="cannot write features to .*No space left"):
+        main.run(make_config(demo_manifest, tmp_path, weights))
+    assert not kept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("data", {"augment_symmetry": True}),
+        ("data", {"stain_jitter": 0.1}),
+        ("model", {"drop_path": 0.1}),
+        ("model", {"lora_rank": 2}),
+        ("optim", {"layer_decay": 0.7}),
+        ("memory", {"policy": "keep"}),
+        ("memory", {"checkpoint_blocks": True}),
+    ],
+)
+def test_what_needs_an_encoder_that_trains_is_refused(section: str, values: dict[str, Any]) -> None:
+    frozen = Config(run=RunConfig(name="t"), model=ModelConfig(frozen=True))
+    name = next(iter(values)).replace("_", "-")
+    with pytest.raises(ConfigError, match=f"--{section}.{name} is .*: --model.frozen"):
+        dataclasses.replace(frozen, **{section: dataclasses.replace(getattr(frozen, section), **values)})
+
+
+def test_the_plan_counts_features_and_no_encoder() -> None:
+    config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
+    footprint = measure(
+        lambda: main.make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
+        tile_px=224, chunks=[1, 1024], bags=[1, 1000],
+    )  # fmt: skip
+    assert footprint.tile_bytes == 4 * footprint.dim
+    curves = (footprint.forward, footprint.graph, footprint.backward, footprint.building, footprint.storage)
+    assert not any(curve(1000) for curve in curves)
+    model = main.make_model(config, classes=2, bf16=False, kernels="torch")
+    assert footprint.parameters == sum(parameter.numel() for parameter in model.aggregator.parameters())
+    plan = choose(Job(footprint=footprint), k=1000, budget=2**31, base=0, policy="recompute", chunk=1024)
+    assert plan.need.pixels == 2 * 1000 * 4 * footprint.dim
+    assert plan.stored == plan.stored_chunks(1000) == 0
+
+
+def launch(words: list[str]) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_two_ranks_train_as_one_does(cohort_copy: Path, tmp_path: Path, weights: Path) -> None:
+    """DeepSpeed, FSDP2 with a slide a rank, and one process: each computes its features anew; a slide is damaged."""
+    damage(cohort_copy.parent / "slides" / "slide-000.svs")
+    settings = ["recipes/egfr.py", "--data.manifest", str(cohort_copy), "--data.classes", "wild_type", "mutant"]
+    settings += ["--data.tile-px", "64", "--data.k", "11", "--data.max-excluded", "0.2", "--run.epochs", "1"]
+    settings += ["--run.precision", "fp32", "--run.heatmaps", "0", "--optim.optimizer", "sgd", "--optim.lr", "0.05"]
+    settings += ["--model.encoder", "test_resnet", "--model.weights", str(weights), "--model.frozen"]
+    settings += ["--model.dropout", "0.1"]
+    port = str(29600 + os.getpid() % 300)
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    ds = tmp_path / "ds.json"
+    ds.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    ways = {
+        "one": [sys.executable, *settings],
+        "zero": [*deepspeed, *settings, "--deepspeed_config", str(ds)],
+        "fsdp": [*torchrun, *settings, "--parallel.strategy", "fsdp"],
+    }
+    found = {}
+    for name, words in ways.items():
+        output = launch([*words, "--run.out", str(tmp_path / name), "--run.name", "t"])
+        assert len(re.findall("features ready", output)) == 1
+        found[name] = losses(tmp_path / name / "t")
+        assert [row["slide_id"] for row in read_csv(tmp_path / name / "t" / "excluded.csv")] == ["slide-000"]
+        for slide, file in kept(tmp_path / name).items():
+            ours, theirs = load_file(file)["features"], load_file(kept(tmp_path / "one")[slide])["features"]
+            assert torch.equal(ours, theirs)
+    assert len(found["one"]) > 3
+    assert max(found["one"]) / min(found["one"]) > 1.02, "the losses are not all one"
+    assert found["zero"] == pytest.approx(found["one"], rel=1e-4)
+    assert found["fsdp"] == pytest.approx(found["one"], rel=1e-4)
