@@ -109,10 +109,10 @@ class FsdpStrategy(TorchStrategy):
         loss.backward()
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """Gathered from its shards."""
+        """Gathered from its shards, on this rank's device also where they wait in the host's memory."""
         sharded = parameter.detach()
         assert isinstance(sharded, DTensor)
-        return sharded.full_tensor()
+        return sharded.to(self.device).full_tensor()
 
     def save(self, folder: Path) -> None:
         """PyTorch's distributed checkpoint: each rank its shards."""
