@@ -119,7 +119,7 @@ def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray)
     mpp_um = slide.mpp_um * downsample
     size = (math.ceil(slide.height / downsample), math.ceil(slide.width / downsample))
     level = np.full((*size, 3), 255, np.uint8)
-    corners = PX_A_TILE * _cells(tiling)
+    corners = PX_A_TILE * tiling.cells
     for (x, y), colour in zip(corners, np.rint(attention_colours(weights)).astype(np.uint8), strict=True):
         level[y : y + PX_A_TILE, x : x + PX_A_TILE] = colour
     about = f"attention; one pixel is {downsample:.6g} level-0 pixels of the slide, from the same corner"
@@ -156,7 +156,7 @@ def attention_geojson(tiling: Tiling, weights: np.ndarray, *, source: str, top: 
 def _features(tiling: Tiling, weights: np.ndarray, keep: np.ndarray, source: str) -> Iterator[dict[str, Any]]:
     folds = weights * len(weights)
     percentiles = 100 * rankdata(weights) / len(weights)  # ties share the mean of their ranks
-    cells = _cells(tiling)
+    cells = tiling.cells
     # Neighbours share their edges, which are rounded as the tiles' corners are.
     x0, y0 = np.rint(cells * tiling.side_px).astype(np.int64).T.tolist()
     x1, y1 = np.rint((cells + 1) * tiling.side_px).astype(np.int64).T.tolist()
@@ -190,11 +190,6 @@ def _fold_classes() -> list[dict[str, Any]]:
     middles = np.array([math.sqrt(low * high) for low, high in pairwise(edges)])
     colours = np.rint(attention_colours(middles / len(middles))).astype(int).tolist()
     return [{"name": name, "color": colour} for name, colour in zip(names, colours, strict=True)]
-
-
-def _cells(tiling: Tiling) -> np.ndarray:
-    """Column and row of each tile in the slide's grid, int64 `[N, 2]`."""
-    return np.rint(tiling.coords / tiling.side_px).astype(np.int64)
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

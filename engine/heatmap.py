@@ -8,7 +8,7 @@ import tyro
 
 from slidescale.engine.attention_map import MAX_PX, write_attention
 from slidescale.engine.errors import ConfigError, SlideError
-from slidescale.engine.predict import ComputeSettings, Failure, NamedFile, Predictor
+from slidescale.engine.predict import ComputeSettings, Failure, NamedFile, start_predictor
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def draw_heatmap(request: HeatmapRequest) -> None:
     Raises:
         UserError: the run or the slide cannot be used.
     """
-    predictor = Predictor(request.run, request)
+    predictor = start_predictor(request.run, request)
     (answer,) = predictor.predict([NamedFile(request.slide.stem, request.slide)])
     if isinstance(answer, Failure):
         raise SlideError(answer.reason)

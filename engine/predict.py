@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import tyro
 
 from slidescale.engine.attention_map import write_attention
@@ -105,27 +106,20 @@ class Failure(NamedTuple):
 
 
 class Predictor:
-    """A trained run on this process's device, and the ranks that share its work.
+    """A trained run, and the ranks that share its work, each with the whole model.
 
     Args:
-        folder: of the run.
-
-    Raises:
-        UserError: see `load_run`.
+        mesh: of one tile group.
+        device: of this rank, where the model is.
     """
 
-    def __init__(self, folder: Path, settings: ComputeSettings) -> None:
-        check_launcher()
-        device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
-        self.run: TrainedRun = load_run(folder, device, settings.precision)
-        self.mesh = Mesh()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            start_world(device)
-            self.mesh = make_mesh(device, "all")
+    def __init__(self, run: TrainedRun, settings: ComputeSettings, mesh: Mesh, device: torch.device) -> None:
+        self.run = run
+        self.mesh = mesh
         self._device = device
         self._chunk = settings.chunk or CHUNK_CAP[device.type]
         self._readers = settings.readers
-        data = self.run.config.data
+        data = run.config.data
         self.spec = TileSpec(
             tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue,
             default_mpp_um=settings.default_mpp_um or data.default_mpp_um,
@@ -167,6 +161,21 @@ class Predictor:
         return [parts[index % world.size][index // world.size] for index in range(len(files))]
 
 
+def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
+    """Load a run on this process's device, and meet the other ranks if a launcher has started some.
+
+    Raises:
+        UserError: see `load_run`, `check_launcher` and `start_world`.
+    """
+    check_launcher()
+    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    run = load_run(folder, device, settings.precision)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Predictor(run, settings, Mesh(), device)
+    start_world(device)
+    return Predictor(run, settings, make_mesh(device, "all"), device)
+
+
 def predict_slides(request: PredictRequest) -> None:
     """Predict slides and write a table; the main rank writes.
 
@@ -174,7 +183,7 @@ def predict_slides(request: PredictRequest) -> None:
         UserError: the run or the list of slides cannot be used, or some slides could not be predicted, which are named;
             the others are written by then.
     """
-    predictor = Predictor(request.run, request)
+    predictor = start_predictor(request.run, request)
     run = predictor.run
     files = name_files(request.slides) if request.manifest is None else read_files(request.manifest, run.config.data)
     main = predictor.mesh.world.rank == 0

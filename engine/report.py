@@ -66,9 +66,10 @@ def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_
     scale = plain.shape[1] / slide.width
     colours = attention_colours(weights)
     overlay = plain.astype(np.float32)
-    side = tiling.side_px * scale
-    for (x, y), colour in zip(tiling.coords * scale, colours, strict=True):
-        region = (slice(round(y), round(y + side)), slice(round(x), round(x + side)))
+    # Neighbours share an edge, so that none is coloured twice, or not at all.
+    begin, end = (np.rint((tiling.cells + step) * tiling.side_px * scale).astype(int) for step in (0, 1))
+    for (x0, y0), (x1, y1), colour in zip(begin, end, colours, strict=True):
+        region = (slice(y0, y1), slice(x0, x1))
         overlay[region] = (1 - OPACITY) * overlay[region] + OPACITY * colour
     return np.concatenate([plain, np.rint(overlay).astype(np.uint8)], axis=1)
 
