@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     # DeepSpeed's launcher puts --local_rank=N in front; the same stands in the environment.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
-    requests = {name: request for name, (request, _) in COMMANDS.items()}
+    requests: dict[str, Callable[..., Any]] = {name: request for name, (request, _) in COMMANDS.items()}
     try:
         request = tyro.extras.subcommand_cli_from_dict(requests, prog="slidescale", args=argv)
         perform = next(perform for kind, perform in COMMANDS.values() if isinstance(request, kind))

@@ -278,6 +278,15 @@ def test_ranks_and_chunks_do_not_change_a_probability(
     assert worst(expected[:1], answers(TileGroup(), sharp_run, files[:1], 1)) <= TOLERANCE
 
 
+def test_slide_norm_keeps_to_the_tolerance(world: GetWorld, tmp_path: Path, real_slide: Path) -> None:
+    """It divides by what tiles differ in, which may amplify rounding; and the encoder has BatchNorm."""
+    folder = write_run(tmp_path / "r", encoder="test_resnet", slide_norm=True)
+    files = [NamedFile("real", real_slide)]
+    expected = answers(TileGroup(), folder, files, 64)
+    for chunk in (7, 64):
+        assert worst(expected, world(2).run(answers, folder, files, chunk)[0]) <= TOLERANCE
+
+
 def test_predictions_are_those_of_the_run(trained_run: Path, demo_manifest: Path, tmp_path: Path) -> None:
     """From a manifest without labels."""
     rows = read_csv(demo_manifest)

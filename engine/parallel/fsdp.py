@@ -110,9 +110,9 @@ class FsdpStrategy(TorchStrategy):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """Gathered from its shards, on this rank's device also where they wait in the host's memory."""
-        sharded = parameter.detach()
+        sharded = parameter.detach().to(self.device)
         assert isinstance(sharded, DTensor)
-        return sharded.to(self.device).full_tensor()
+        return sharded.full_tensor()
 
     def save(self, folder: Path) -> None:
         """PyTorch's distributed checkpoint: each rank its shards."""
