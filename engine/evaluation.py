@@ -118,7 +118,8 @@ def evaluate(
     for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device):
         cohort.exclude_faults(output.fault)
         row, logits = output.row, output.logits
-        loss = objective(logits, row.label).item()
+        with torch.no_grad():
+            loss = objective(logits, row.label).item()
         mine = Prediction(row, objective.probabilities(logits).cpu().numpy(), loss, output.weights)
         for prediction in mesh.world.gather_objects(mine if output.speaks else None):
             if prediction is None or prediction.row.slide_id in cohort.excluded:
