@@ -1,17 +1,20 @@
 """Evaluation: whole slides, all tissue tiles, streamed through the encoder a chunk at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from slidescale.engine.data.bag import draw_bag
+from slidescale.engine.data.bag import places
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.metrics import HEADLINES, measure
@@ -24,6 +27,41 @@ CHUNKS_AHEAD = 4
 
 # How the terminal writes metrics' names.
 SHOWN = {"auroc": "AUROC", "r2": "R²"}
+
+
+class SlideFile(Protocol):
+    """What predicting a slide takes, beside its tiling: its name, and where it is."""
+
+    @property
+    def slide_id(self) -> str:
+        """Unique."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+
+
+File = TypeVar("File", bound=SlideFile)
+
+
+@dataclass(frozen=True)
+class Output(Generic[File]):
+    """What the model says of a slide, while the other tile groups have taken others.
+
+    Attributes:
+        row: the slide.
+        logits: `[classes]`, equal on every rank of the tile group.
+        weights: `[N]`, of each of the slide's tiles, on the CPU.
+        fault: (slide_id, reason), where this rank could not read its tiles; logits and weights of the slide mean
+            nothing then, on any rank, and it is for the caller to tell the others.
+        speaks: whether this rank is the one to pass the results on.
+    """
+
+    row: File
+    logits: Tensor
+    weights: np.ndarray
+    fault: tuple[str, str] | None
+    speaks: bool
 
 
 class Prediction(NamedTuple):
@@ -95,31 +133,15 @@ def evaluate(
     Raises:
         TrainingError: a loss is not finite; names the slide.
     """
-    model.eval()
-    rounds = [_Round(rows[at : at + mesh.slides], cohort, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
-    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
     predictions: dict[str, Prediction] = {}
-    for each in rounds:
-        features, fault = [], None
-        for _ in range(each.count):
-            reading = next(readings)
-            try:
-                tiles = reading.wait()
-            except SlideError as error:
-                # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped below.
-                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
-            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
-            features.append(encode(model, chunks).features)
-        cohort.exclude_faults(fault)
+    for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device):
+        cohort.exclude_faults(output.fault)
+        row, logits = output.row, output.logits
         with torch.no_grad():
-            logits, weights = model.aggregate(torch.cat(features), each.bag.places.to(device), mesh.tiles)
-            target = torch.tensor(each.row.target, dtype=torch.float64, device=logits.device)
+            target = torch.tensor(row.target, dtype=torch.float64, device=logits.device)
             loss = objective(logits, target).item()
-        output = objective.predict(logits).cpu().numpy()
-        mine = Prediction(each.row, output, loss, mesh.tiles.gather_rows(weights).numpy())
-        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
-        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
-        for prediction in mesh.world.gather_objects(mine if speaks else None):
+        mine = Prediction(row, objective.predict(logits).cpu().numpy(), loss, output.weights)
+        for prediction in mesh.world.gather_objects(mine if output.speaks else None):
             if prediction is None or prediction.row.slide_id in cohort.excluded:
                 continue
             slide_id = prediction.row.slide_id
@@ -131,17 +153,53 @@ def evaluate(
     return _sum_up(list(predictions.values()), cohort.manifest)
 
 
-class _Round:
+def run_model(
+    model: SlideModel,
+    rows: Sequence[File],
+    tilings: dict[str, Tiling],
+    reader: TileReader,
+    mesh: Mesh,
+    chunk: int,
+    device: torch.device,
+) -> Iterator[Output[File]]:
+    """Encode and aggregate whole slides, each tile group its own; every rank takes every output.
+
+    Args:
+        tilings: of every row, by its slide_id.
+        chunk: tiles that a rank encodes at once.
+    """
+    model.eval()
+    rounds = [_Round(rows[at : at + mesh.slides], tilings, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
+    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
+    for each in rounds:
+        features, fault = [], None
+        for _ in range(each.count):
+            reading = next(readings)
+            try:
+                tiles = reading.wait()
+            except SlideError as error:
+                # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
+                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
+            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
+            features.append(encode(model, chunks).features)
+        with torch.no_grad():
+            logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
+        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
+        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
+        yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+
+
+class _Round(Generic[File]):
     """Slides that the tile groups predict side by side; a group without one does as if it had the first."""
 
-    def __init__(self, rows: list[ManifestRow], cohort: Cohort, mesh: Mesh, chunk: int) -> None:
+    def __init__(self, rows: Sequence[File], tilings: dict[str, Tiling], mesh: Mesh, chunk: int) -> None:
         self.rows = rows
         self.row = rows[mesh.slide] if mesh.slide < len(rows) else rows[0]
-        tilings = cohort.tilings
         # Every rank of the world makes as many encoder calls as the fullest one.
         self.count = max(mesh.tiles.chunk_count(len(tilings[row.slide_id].coords), chunk) for row in rows)
-        self.bag = draw_bag(self.row, tilings[self.row.slide_id], "all", seed=0, epoch=0)
-        self._mine = self.bag.coords[mesh.tiles.share(self.bag.k)]
+        tiling = tilings[self.row.slide_id]
+        self.places = places(tiling.coords, tiling.side_px)
+        self._mine = tiling.coords[mesh.tiles.share(len(tiling.coords))]
         self._chunk = chunk
 
     def requests(self) -> Iterator[TileRequest]:

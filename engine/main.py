@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import tyro
@@ -80,11 +81,16 @@ def main(description: str, *, default: Config, demo: Config, argv: Sequence[str]
         run(config)
         stop_world()
     except UserError as error:
-        # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
-        # still there after that has found it alone: a full disk, a machine without the manifest.
-        if not is_main_rank():
-            time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
-        sys.exit(f"error: {error}")
+        exit_telling(error)
+
+
+def exit_telling(error: UserError) -> NoReturn:
+    """End this process with an error of the input, which is told once over all ranks."""
+    # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
+    # still there after that has found it alone: a full disk, a machine without the manifest.
+    if not is_main_rank():
+        time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
+    sys.exit(f"error: {error}")
 
 
 def run(config: Config) -> Path:
@@ -196,7 +202,7 @@ def run(config: Config) -> Path:
         run_log.close()
         if offload:
             offload.close()
-    log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, checkpoints/best", folder)
+    log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
 
 

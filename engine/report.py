@@ -140,14 +140,20 @@ def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_
     """
     plain = slide.overview(max_px)
     scale = plain.shape[1] / slide.width
-    fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
-    colours = colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255
+    colours = attention_colours(weights)
     overlay = plain.astype(np.float32)
-    side = tiling.side_px * scale
-    for (x, y), colour in zip(tiling.coords * scale, colours, strict=True):
-        region = (slice(round(y), round(y + side)), slice(round(x), round(x + side)))
+    # Neighbours share an edge, so that none is coloured twice, or not at all.
+    begin, end = (np.rint((tiling.cells + step) * tiling.side_px * scale).astype(int) for step in (0, 1))
+    for (x0, y0), (x1, y1), colour in zip(begin, end, colours, strict=True):
+        region = (slice(y0, y1), slice(x0, x1))
         overlay[region] = (1 - OPACITY) * overlay[region] + OPACITY * colour
     return np.concatenate([plain, np.rint(overlay).astype(np.uint8)], axis=1)
+
+
+def attention_colours(weights: np.ndarray) -> np.ndarray:
+    """Float `[N, 3]`, 0 to 255: from blue (an eighth of the mean weight or less) over grey to red (8-fold or more)."""
+    fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
+    return colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

@@ -93,7 +93,7 @@ class Trainer:
             result = self.evaluate("val")
             if improved := result.score >= best_score:
                 best_score = result.score
-                self.checkpoints.mark_best(replace(progress, best_score=best_score))
+                self.checkpoints.mark_best(self.strategy, replace(progress, best_score=best_score))
             self._report(epoch, step, totals, result, improved=improved)
         if self.cohort.usable("test"):
             self.checkpoints.load(self.strategy, "best")

@@ -131,8 +131,7 @@ class GivenFeatures(nn.Module):
 
 def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, drop_path: float) -> Any:
     """Build the timm model without its classifier."""
-    is_hub_name = ":" in name
-    if not is_hub_name and not timm.is_model(name.split(".")[0]):
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     if pretrained and weights:
@@ -145,10 +144,7 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
     if weights:
         # timm then resizes and filters these exactly as it does the published ones.
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
-    if not is_hub_name:
-        published = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        if published is not None and published.fixed_input_size:
-            options["img_size"] = tile_px
+    options |= size_options(name, tile_px)
     try:
         return timm.create_model(name, **options)
     except TypeError as error:  # timm hands options on to the network's constructor, and not every one has this
@@ -157,6 +153,14 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
         raise
     except (RuntimeError, ValueError, OSError) as error:  # an unknown tag, weights that do not fit, no network
         raise ConfigError(f"model.encoder {name}: {error}") from error
+
+
+def size_options(name: str, tile_px: int) -> dict[str, int]:
+    """What timm must be told to build a model for tiles of this side: nothing, if it takes any, or is from a hub."""
+    if ":" in name:
+        return {}
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return {"img_size": tile_px} if published is not None and published.fixed_input_size else {}
 
 
 def _no_drop_path(name: str, drop_path: float) -> str:
