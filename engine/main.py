@@ -61,7 +61,7 @@ from slidescale.kernels.dispatch import KernelName, choose_kernels
 log = logging.getLogger(__name__)
 
 # The launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike.
-GRACE_S = 3.0
+GRACE_S = 10.0
 
 
 def main(description: str, *, default: Config, demo: Config, argv: Sequence[str] | None = None) -> None:
