@@ -38,7 +38,7 @@ def make_step(tiles: torch.Tensor, chunk: int, stored: int) -> Step:
     k, count = len(tiles), -(-len(tiles) // chunk)
     row = ManifestRow("random", "random", Path("none"), 1, "train")
     bag = Bag(row, np.stack([np.arange(k), np.arange(k)], axis=1), 1.0, seed=0)
-    return Step([row], k, 1 + count, iter([Share(bag, tiles, count, min(stored, count))]))
+    return Step([row], k, 1, count, iter([Share(bag, tiles, count, min(stored, count))]))
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:

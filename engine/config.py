@@ -43,6 +43,8 @@ class DataConfig:
     k: int | Literal["all"] = "all"
     """Tiles in a training bag: all tissue tiles of the slide, or a random sample of this many, newly drawn each epoch
     (a slide with fewer gives all it has). Validation always uses all."""
+    epoch_share: float = 1.0
+    """Share of the training slides that an epoch takes, newly drawn each epoch, above 0, at most 1."""
     min_tissue: float = 0.5
     """Smallest share of a tile's area that must be tissue, 0 to 1."""
     max_excluded: float = 0.1
@@ -65,6 +67,7 @@ class DataConfig:
         _require(self.default_mpp_um is None or self.default_mpp_um > 0, "data.default_mpp_um", self.default_mpp_um, "must be a positive number of µm a pixel")  # fmt: skip  # noqa: E501
         _require(self.tile_px >= 16, "data.tile_px", self.tile_px, "must be at least 16 pixels")
         _require(self.k == "all" or self.k >= 1, "data.k", self.k, "must be 'all' or at least 1 tile")
+        _require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "must be a share above 0, at most 1")
         _require(0 < self.min_tissue <= 1, "data.min_tissue", self.min_tissue, "must be a share above 0, at most 1")
         _require(0 <= self.max_excluded <= 1, "data.max_excluded", self.max_excluded, "must be a share from 0 to 1")
         _require(0 <= self.stain_jitter < 1, "data.stain_jitter", self.stain_jitter, "must be a share from 0, below 1")
@@ -224,6 +227,11 @@ class OptimConfig:
     """Factor on the encoder's learning rate from each of its layers to the one before (layer-wise decay), 0 to 1."""
     weight_decay: float = 0.04
     """Decoupled weight decay of matrices (sgd adds it to the gradient); biases and normalisation layers get none."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of the run, to which it goes by a half cosine from `weight_decay`; none: it stays."""
+    encoder_frozen_epochs: float = 0.0
+    """Epochs at the start in which only the aggregator trains, and the encoder is neither changed nor computed twice;
+    the encoder's own warm-up, as long as the aggregator's, begins after them."""
     warmup_epochs: float = 1.0
     """Length of the linear warm-up, in epochs."""
     min_lr_ratio: float = 0.01
@@ -240,6 +248,14 @@ class OptimConfig:
         _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, "must be at least 1 slide")
         _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must be above 0, at most 1")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        decay_end = self.weight_decay_end
+        _require(decay_end is None or decay_end >= 0, "optim.weight_decay_end", decay_end, "must not be negative")
+        frozen = self.encoder_frozen_epochs
+        _require(frozen >= 0, "optim.encoder_frozen_epochs", frozen, "must not be negative")
+        if self.optimizer.startswith("apex"):
+            # apex counts steps for all groups together, in its kernels' correction of young moments.
+            rule = f"must be 0 with --optim.optimizer {self.optimizer}, or take adamw or sgd"
+            _require(frozen == 0, "optim.encoder_frozen_epochs", frozen, rule)
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "must not be negative")
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must be a share from 0 to 1")
         _require(self.clip >= 0, "optim.clip", self.clip, "must be 0 or a norm")
@@ -293,7 +309,10 @@ class Config:
     """Given by the launcher; not for you to set."""
 
     def __post_init__(self) -> None:
-        """Refuse settings of an encoder that is not trained."""
+        """Refuse settings that contradict each other."""
+        frozen, epochs = self.optim.encoder_frozen_epochs, self.run.epochs
+        rule = f"the encoder would never train: must be below --run.epochs, {epochs}"
+        _require(frozen < epochs, "optim.encoder_frozen_epochs", frozen, rule)
         if self.model.frozen:
             once = "--model.frozen computes each tile's features once, from the tile as it is"
             _require(not self.data.augment_symmetry, "data.augment_symmetry", self.data.augment_symmetry, once)
@@ -302,6 +321,7 @@ class Config:
             _require(not self.model.drop_path, "model.drop_path", self.model.drop_path, left)
             _require(not self.model.lora_rank, "model.lora_rank", self.model.lora_rank, left)
             _require(self.optim.layer_decay == 1, "optim.layer_decay", self.optim.layer_decay, left)
+            _require(not self.optim.encoder_frozen_epochs, "optim.encoder_frozen_epochs", self.optim.encoder_frozen_epochs, left)  # fmt: skip  # noqa: E501
             graphs = "--model.frozen stores no activations of the encoder"
             _require(self.memory.policy == "auto", "memory.policy", self.memory.policy, graphs)
             _require(not self.memory.checkpoint_blocks, "memory.checkpoint_blocks", self.memory.checkpoint_blocks, graphs)  # fmt: skip  # noqa: E501

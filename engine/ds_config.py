@@ -24,10 +24,17 @@ SCHEDULER_KEYS = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """Lengths that schedules are made of, in optimizer steps."""
+    """Lengths that schedules are made of, in optimizer steps.
+
+    Attributes:
+        warmup_steps: of the aggregator, and of the encoder once it trains.
+        total_steps: of the run.
+        frozen_steps: at the start, in which the encoder does not train.
+    """
 
     warmup_steps: int
     total_steps: int
+    frozen_steps: int = 0
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -121,6 +128,15 @@ def _settle_scheduler(
     if name not in SCHEDULER_KEYS:
         problems.append(f"scheduler.type is {name!r}; use {', '.join(SCHEDULER_KEYS)}, or leave the scheduler out")
         return
+    for setting, is_set in (
+        ("--optim.encoder-frozen-epochs", config.optim.encoder_frozen_epochs > 0),
+        ("--optim.weight-decay-end", config.optim.weight_decay_end is not None),
+    ):
+        if is_set:
+            problems.append(
+                f"scheduler.type {name} knows nothing of {setting}: leave the scheduler out for the recipe's, or "
+                "leave that setting out"
+            )
     rates = [config.optim.lr, config.optim.lr * config.optim.encoder_lr_scale]
     if "warmup_max_lr" in SCHEDULER_KEYS[name] and (rates[0] != rates[1] or config.optim.layer_decay != 1):
         problems.append(

@@ -49,15 +49,16 @@ class Step:
     Attributes:
         rows: its slides, S × A of them or, at the end of an epoch, fewer.
         k: tiles in all their bags.
-        backwards: that every rank will make: in each slot one for the aggregator, and, unless
-            the encoder is frozen, one a chunk.
+        slots: that every rank works on, and
+        chunks: that it encodes in all of them.
         shares: this rank's, a slot each; only one at a time is in memory, beside those that are read ahead.
         waited_s: time spent waiting for tiles, so far.
     """
 
     rows: Sequence[ManifestRow]
     k: int
-    backwards: int
+    slots: int
+    chunks: int
     shares: Iterator[Share] = field(default_factory=lambda: iter(()))
     waited_s: float = 0.0
 
@@ -75,7 +76,8 @@ class Feed:
     def epoch(self, epoch: int) -> Iterator[Step]:
         """The steps of an epoch; a step without any slide that can be read is left out."""
         slides, data = self._mesh.slides, self._config.data
-        rows = epoch_order(self._cohort.usable("train"), seed=self._config.run.seed, epoch=epoch)
+        seed, usable = self._config.run.seed, self._cohort.usable("train")
+        rows = epoch_order(usable, seed=seed, epoch=epoch, share=data.epoch_share)
         own, to_read = tee(self._draw(row, epoch) for row in rows[self._mesh.slide :: slides])
         requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in to_read)
         readings = self._reader.ahead(requests, data.prefetch)
@@ -85,7 +87,7 @@ class Feed:
             slots = [step_rows[at : at + slides] for at in range(0, len(step_rows), slides)]
             sizes = [[bag_size(self._cohort.tilings[row.slide_id], data.k) for row in slot] for slot in slots]
             counts = [max(self._mesh.tiles.chunk_count(k, self._plan.chunk) for k in ks) for ks in sizes]
-            step = Step(step_rows, sum(map(sum, sizes)), sum(map(self._backwards, counts)))
+            step = Step(step_rows, sum(map(sum, sizes)), len(counts), sum(counts))
             shares = (
                 self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own, readings)
                 for slot, count, ks in zip(slots, counts, sizes, strict=True)
@@ -97,11 +99,8 @@ class Feed:
                     del first  # it would be held for the whole step
                     yield step
                     break
-                step.backwards -= self._backwards(count)  # nothing to compute: the step begins with the next slot
-
-    def _backwards(self, count: int) -> int:
-        """Of a slot: the aggregator's, and one for each chunk of an encoder that is trained."""
-        return 1 if self._config.model.frozen else 1 + count
+                step.slots -= 1  # nothing to compute: the step begins with the next slot
+                step.chunks -= count
 
     def _share(
         self,

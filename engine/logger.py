@@ -2,11 +2,26 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
+
+# TensorBoard's CUSTOM SCALARS tab: curves that are read together, by patterns of their names.
+LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["^train/loss$", "^epoch/.*loss$"]],
+        "gradient norms, before clipping": ["Multiline", ["^train/gradient_norm"]],
+        "attention entropy (1: all tiles alike, 0: one tile)": ["Multiline", ["^train/attention_entropy$"]],
+        "learning rates and weight decay": ["Multiline", ["^train/learning_rate", "^train/weight_decay$"]],
+        "tiles a second": ["Multiline", ["^speed/tiles_per_s$"]],
+        "seconds a step, by phase": ["Multiline", ["^seconds/"]],
+    }
+}
 
 
 def configure_logging(main: bool) -> None:
@@ -46,6 +61,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, main: bool, slides: int, done: int, step: int) -> None:
         self._board = SummaryWriter(folder, purge_step=step + 1) if main else None
+        self._begins = step == 0
         # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
         self.bar = tqdm(
             total=slides, initial=done, unit="slide", smoothing=0,
@@ -63,6 +79,34 @@ class RunLog:
         if self._board:
             self._board.add_image(name, image, step, dataformats="HWC")
 
+    def hyperparameters(self, settings: dict[str, Any], defaults: dict[str, Any], metrics: Sequence[str]) -> None:
+        """Tell a run's settings: a page in the TEXT tab, and a row in the HPARAMS tab, which compares runs.
+
+        Only where the run begins: what resumes it has the same settings, and they have been told.
+
+        Args:
+            settings: by dotted name.
+            defaults: of the same.
+            metrics: names of scalars, whose latest values are that row's results; they may still be to come.
+        """
+        if self._board is None or not self._begins:
+            return
+        changed = {name: value for name, value in settings.items() if value != defaults[name]}
+        page = f"## Changed\n\n{_table(changed, defaults)}\n\n## All\n\n{_table(settings, defaults)}"
+        self._board.add_text("settings", page, 0)
+        self._board.add_custom_scalars(LAYOUT)
+        values = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+        # Not SummaryWriter.add_hparams, which makes a second run of it in a folder of its own, and wants results now.
+        experiment, start, _ = hparams(values, dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, start):
+            self._board._get_file_writer().add_summary(summary)
+
+    def finished(self) -> None:
+        """Tell the HPARAMS tab that the run has come to its end."""
+        if self._board:
+            _, _, end = hparams({}, {})
+            self._board._get_file_writer().add_summary(end)
+
     def flush(self) -> None:
         """Let a viewer see all that was written."""
         if self._board:
@@ -73,3 +117,14 @@ class RunLog:
         self.bar.close()
         if self._board:
             self._board.close()
+
+
+def _table(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Markdown, a row a setting."""
+    rows = [f"| {name} | {_cell(value)} | {_cell(defaults[name])} |" for name, value in settings.items()]
+    return "\n".join(["| setting | value | default |", "| --- | --- | --- |", *rows])
+
+
+def _cell(value: Any) -> str:
+    """A value in a cell, whose borders would end it."""
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -13,15 +13,15 @@ import torch
 import tyro
 
 from slidescale.engine.checkpoint import Checkpoints, Progress
-from slidescale.engine.config import Config
-from slidescale.engine.data.bag import bag_size
+from slidescale.engine.config import Config, RunConfig
+from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
-from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config, uses_bf16
+from slidescale.engine.ds_config import complete_ds_config, read_ds_config, uses_bf16
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.feed import Feed
 from slidescale.engine.frozen import encode_cohort, fingerprint
@@ -46,8 +46,9 @@ from slidescale.engine.parallel.mesh import (
 from slidescale.engine.parallel.select import make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
+from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
-from slidescale.engine.trainer import Trainer
+from slidescale.engine.trainer import BEST, Trainer
 from slidescale.kernels.dispatch import KernelName, choose_kernels
 
 log = logging.getLogger(__name__)
@@ -145,8 +146,8 @@ def run(config: Config) -> Path:
         reset_peak(device)  # training's own counts from here
 
     slides_a_step = mesh.slides * config.optim.accumulate
-    steps = math.ceil(len(cohort.usable("train")) / slides_a_step)
-    schedule = Schedule(round(config.optim.warmup_epochs * steps), config.run.epochs * steps)
+    slides = epoch_size(len(cohort.usable("train")), data.epoch_share)
+    schedule = make_schedule(config, steps_an_epoch=math.ceil(slides / slides_a_step))
     ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
     strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
     log.info(
@@ -173,13 +174,15 @@ def run(config: Config) -> Path:
     offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
     feed = Feed(config, cohort, reader, mesh, plan)
-    slides = len(cohort.usable("train"))
+    slides = epoch_size(len(cohort.usable("train")), data.epoch_share)  # a resume may have set some aside
     run_log = RunLog(
         folder, main=mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
         step=progress.step,
     )  # fmt: skip
+    run_log.hyperparameters(config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), BEST)
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
+        run_log.finished()
     finally:
         reader.close()
         run_log.close()

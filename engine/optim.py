@@ -1,4 +1,4 @@
-"""Parameter groups, optimizer and schedule of the recipe, for where ds.json names none."""
+"""Parameter groups and optimizer of the recipe, for where ds.json names none."""
 
 import importlib.machinery
 import importlib.metadata
@@ -13,10 +13,8 @@ from timm.models import group_parameters
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from slidescale.engine.config import OptimConfig
-from slidescale.engine.ds_config import Schedule
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
 
@@ -75,19 +73,6 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimiz
     # The engine clips, and FusedLAMB must not: its kernel divides gradients by norm / max_grad_norm where the norm is
     # above max_grad_norm. No norm is above infinity, whereas 0 would make every gradient zero.
     return apex_optimizers.FusedLAMB(groups, lr=config.lr, adam_w_mode=True, max_grad_norm=math.inf)
-
-
-def make_scheduler(optimizer: Optimizer, config: OptimConfig, schedule: Schedule) -> LambdaLR:
-    """Linear warm-up to the peak, then a half cosine down to `min_lr_ratio` of it."""
-
-    def factor(step: int) -> float:
-        if step < schedule.warmup_steps:
-            return (step + 1) / schedule.warmup_steps
-        progress = (step - schedule.warmup_steps) / max(1, schedule.total_steps - schedule.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine
-
-    return LambdaLR(optimizer, factor)
 
 
 def _encoder_layers(

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from slidescale.engine.errors import TrainingError
 from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.offload import Offload
-from slidescale.engine.memory.two_pass import Chunks, Saving, backpropagate, encode
+from slidescale.engine.memory.two_pass import Chunks, Saving, backpropagate, encode, inject_zeros
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
@@ -22,12 +25,22 @@ class StepResult:
 
     Attributes:
         loss: the mean of its slides'.
-        gradient_norm: before clipping.
+        gradient_norms: of the mean gradient, before clipping: of the whole ("total"), and of each half that has trained
+            ("aggregator", "encoder"). An encoder that hears nothing from the aggregator shows here, and one whose
+            gradient is so much larger that clipping both together leaves the aggregator none.
+        attention_entropy: Shannon's, of the tiles' weights, as a share of what it can be, log K: 1 where all tiles
+            weigh the same (so also where there is only one), 0 where one has it all; the mean of its slides'. An
+            attention that collapses onto few tiles, as gated attention does when it overfits (Zhang et al. 2024,
+            arXiv:2311.07125), shows here.
+        effective_tiles: the number of equally weighted tiles that would have this entropy, exp of it; the geometric
+            mean of its slides'.
         seconds: of each of the `stopwatch.PHASES`, on this rank. Under fsdp the reduction is part of pass 2.
     """
 
     loss: float
-    gradient_norm: float
+    gradient_norms: dict[str, float]
+    attention_entropy: float
+    effective_tiles: float
     seconds: dict[str, float]
 
 
@@ -62,36 +75,54 @@ class TrainStep:
             TrainingError: loss or gradient is not finite; names the slide, and no optimizer step was taken.
         """
         losses: dict[str, float] = {}
+        entropies = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
+        frozen = self.strategy.encoder_frozen()
+        # In each slot the aggregator's, and those of an encoder, unless its features are given (`GivenFeatures`).
+        given = not any(parameter.requires_grad for parameter in self.strategy.model.encoder.parameters())
+        backwards = step.slots + (0 if given else step.slots if frozen else step.chunks)
         self.stopwatch.start()
-        with self.strategy.accumulate(step.backwards):
+        with self.strategy.accumulate(backwards):
             for share in step.shares:
                 self.stopwatch.lap("reading")
-                losses |= self._add(share)
+                losses |= self._add(share, entropies, frozen=frozen)
         self.stopwatch.lap("reduction")
         try:
-            gradient_norm = self.strategy.step()
+            norms = self.strategy.step()
         except TrainingError as error:
             raise TrainingError(f"slide {', '.join(losses)}: {error}") from None
+        relative, entropy = (self.mesh.world.sum(entropies) / len(losses)).tolist()
         self.stopwatch.lap("optimizer")
+        trained = {half: norm for half, norm in norms.halves.items() if not (frozen and half == "encoder")}
         seconds = self.stopwatch.seconds() | {"reading": step.waited_s}  # for the first slot the feed has waited before
-        return StepResult(sum(losses.values()) / len(losses), gradient_norm, seconds)
+        loss = sum(losses.values()) / len(losses)
+        return StepResult(loss, {"total": norms.total} | trained, relative, math.exp(entropy), seconds)
 
-    def _add(self, share: Share) -> dict[str, float]:
-        """Add the gradients of one slot, and leave nothing else of it behind; the losses of its slides."""
+    def _add(self, share: Share, entropies: Tensor, *, frozen: bool) -> dict[str, float]:
+        """Add the gradients of one slot, and leave nothing else of it behind; the losses of its slides.
+
+        Args:
+            entropies: fp64 `[2]`, to which this rank's part of the attention's entropy is added, relative and in nats.
+            frozen: the encoder gets zeros, and no pass 2.
+        """
         strategy, model, group, lap = self.strategy, self.strategy.model, self.mesh.tiles, self.stopwatch.lap
         bag, offset = share.bag, group.share(share.bag.k).start
         tiles = share.tiles.to(strategy.device, non_blocking=True)
         chunks = Chunks(tiles, self.chunk, share.count, bag.seed, offset)
         with self._offloading() as saving:
-            encoded = encode(model, chunks, share.stored, saving)
+            encoded = encode(model, chunks, 0 if frozen else share.stored, saving)
             lap("pass 1")
             with drawing_for(Draw(bag.seed, offset, len(tiles))):
-                logits, _ = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
+                logits, weights = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
             loss = self.objective(logits, bag.row.label)
             losses = self._check_losses(share, loss.item())
+            if share.weight:
+                entropies += _entropy(weights, bag.k)
             strategy.backward(loss * share.weight)
             lap("aggregate")
-            backpropagate(model, chunks, encoded, strategy.backward)
+            if frozen:
+                inject_zeros(model, chunks, strategy.backward)
+            else:
+                backpropagate(model, chunks, encoded, strategy.backward)
             lap("pass 2")
         return losses
 
@@ -119,3 +150,15 @@ class TrainStep:
             if not math.isfinite(value):
                 raise TrainingError(f"slide {slide_id}: the loss is {value}; no optimizer step was taken")
         return losses
+
+
+def _entropy(weights: Tensor, k: int) -> Tensor:
+    """fp64 `[2]`, what this rank's tiles `[K_local]` add to the entropy of all K weights: as a share of log K, in nats.
+
+    Sums over ranks and slides, and so needs no exchange until a step has ended.
+    """
+    weights = weights.detach()
+    entropy = torch.special.entr(weights).sum(dtype=torch.float64)
+    # Of one tile, whose weight is 1, it is 0 of 0: all tiles that there are weigh the same.
+    relative = entropy / math.log(k) if k > 1 else weights.sum(dtype=torch.float64)
+    return torch.stack([relative, entropy])

@@ -22,6 +22,14 @@ from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
 
+# What runs are compared by: of a run's best epoch.
+BEST = ("best/val_loss", "best/val_auroc")
+_NORM_NAMES = {
+    "total": "train/gradient_norm",
+    "aggregator": "train/gradient_norm_aggregator",
+    "encoder": "train/gradient_norm_encoder",
+}
+
 
 @dataclass
 class EpochTotals:
@@ -101,7 +109,7 @@ class Trainer:
         totals = EpochTotals(losses=[])
         begin = time.perf_counter()
         for batch in self.feed.epoch(epoch):
-            learning_rate = self.strategy.learning_rate()
+            settings = self.strategy.settings()
             result = self.train_step(batch)
             end = time.perf_counter()
             totals.losses.append(result.loss)
@@ -111,8 +119,10 @@ class Trainer:
             self.run_log.scalars(
                 {
                     "train/loss": result.loss,
-                    "train/learning_rate": learning_rate,
-                    "train/gradient_norm": result.gradient_norm,
+                    **{f"train/{name}": value for name, value in settings.items()},
+                    **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
+                    "train/attention_entropy": result.attention_entropy,
+                    "train/effective_tiles": result.effective_tiles,
                     "speed/tiles_per_s": batch.k / (end - begin),
                     "speed/data_wait_share": batch.waited_s / (end - begin),
                     **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
@@ -137,6 +147,9 @@ class Trainer:
             self.run_log.scalars({"epoch/val_loss": result.loss}, step)
         if result.auroc is not None:
             self.run_log.scalars({"epoch/val_auroc": result.auroc}, step)
+        if improved:
+            best = zip(BEST, (result.loss, result.auroc), strict=True)
+            self.run_log.scalars({name: value for name, value in best if value is not None}, step)
         log.info(
             "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
             epoch + 1, self.config.run.epochs, train_loss, result, " best" if improved else "     ",

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine import step
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -26,7 +27,7 @@ from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.evaluation import evaluate
-from slidescale.engine.feed import Feed
+from slidescale.engine.feed import Feed, Step
 from slidescale.engine.memory import offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
@@ -43,7 +44,7 @@ from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device
 from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.parallel.zero import ZeroStrategy
-from slidescale.engine.step import TrainStep
+from slidescale.engine.step import StepResult, TrainStep
 from slidescale.kernels.gated_attention import Attended, Gate, GateDropout
 from slidescale.kernels.gated_attention import reference as attention_reference
 from slidescale.kernels.tile_prep import reference as tile_reference
@@ -55,6 +56,7 @@ TILE_PX = 32
 LEARNING_RATE = 0.05
 EXCLUDED = Path(tempfile.gettempdir()) / f"excluded-{os.getpid()}.csv"
 FSDP_UNIT_NUMEL = 1_000  # the encoders are tiny, and must fall into several units all the same
+SUB_GROUP_NUMEL = 50_000  # and into several of ZeRO-3's sub-groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +202,12 @@ def make_model(case: Case) -> SlideModel:
     return SlideModel(encoder, aggregator).to(device(), getattr(torch, case.dtype)).train()
 
 
-def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(case: Case, model: SlideModel) -> torch.optim.Optimizer:
+    halves = [list(model.aggregator.parameters()), list(model.encoder.parameters())]
+    groups = [{"params": parameters} for parameters in halves if parameters]
     if case.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-2, weight_decay=0.1)
+        return torch.optim.SGD(groups, lr=LEARNING_RATE)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=1e-2, weight_decay=0.1)
 
 
 def plain_autograd(case: Case, slides_a_step: int) -> dict[str, Tensor]:
@@ -272,21 +276,28 @@ def by_definition() -> Iterator[None]:
         yield
 
 
-def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:
+def make_strategy(
+    case: Case,
+    model: SlideModel,
+    mesh: Mesh,
+    optimizer: Callable[[Case, SlideModel], torch.optim.Optimizer] = make_optimizer,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+) -> Strategy:
     """A strategy that never clips."""
     name, *options = case.strategy.split("+")
     if name == "fsdp":
         assert mesh.device_mesh is not None
         device_mesh = mesh.device_mesh if "tiles" in options else mesh.device_mesh._flatten("world")
         return FsdpStrategy(
-            model, device_mesh, partial(make_optimizer, case), None, device=device(), clip=0.0,
+            model, device_mesh, partial(optimizer, case), scheduler, device=device(), clip=0.0,
             offload="offload" in options, hold="hold" in options, unit_numel=FSDP_UNIT_NUMEL,
         )  # fmt: skip
-    optimizer = make_optimizer(case, model)
+    made = optimizer(case, model)
     if not name.startswith("zero"):
         kind = {"single": SingleStrategy, "mean": MeanReducer, "ddp": DdpStrategy}[name]
-        return kind(model, optimizer, None, device=device(), clip=0.0)
+        return kind(model, made, scheduler(made) if scheduler else None, device=device(), clip=0.0)
     zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
+    zero["sub_group_size"] = SUB_GROUP_NUMEL
     if "offload" in options:
         zero["offload_optimizer"] = {"device": "cpu"}
         if name == "zero3":
@@ -301,11 +312,16 @@ def make_strategy(case: Case, model: SlideModel, mesh: Mesh) -> Strategy:
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "zero_optimization": zero,
     }
-    return ZeroStrategy(model, [{"params": list(model.parameters())}], optimizer, None, ds_config=ds_config)
+    return ZeroStrategy(model, made.param_groups, made, scheduler, ds_config=ds_config)
 
 
 def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
     """An epoch of the engine's own steps; their losses."""
+    return [result.loss for result in steps(case, strategy, mesh)]
+
+
+def steps(case: Case, strategy: Strategy, mesh: Mesh, first: int = 0, last: int = 99) -> list[StepResult]:
+    """The engine's own steps of an epoch, those from `first` up to `last`; what each tells."""
     stored = {"keep": 99, "recompute": 0, "offload": 99}.get(case.policy)
     stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
     feed: Any = Feed(
@@ -319,7 +335,12 @@ def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
         train_step = TrainStep(
             strategy, CrossEntropy([case.steepness] * 2, 2).to(device()), mesh, chunk=case.chunk, offload=store
         )
-        return [train_step(each).loss for each in feed.epoch(0)]
+        return [train_step(each) for index, each in enumerate(feed.epoch(0)) if first <= index < last or skipped(each)]
+
+
+def skipped(each: Step) -> bool:
+    """False, once a step's bags have been taken from the feed."""
+    return sum(1 for _ in each.shares) < 0
 
 
 @contextmanager

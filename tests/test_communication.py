@@ -111,7 +111,8 @@ def expected_bytes(strategy: str, ranks: int, counted: Counted) -> dict[tuple[st
         return {("reduction", "all-reduce"): STEPS * every}
     if strategy in ("zero1", "zero2"):
         # Both all-reduce, though a rank needs no more than its part. Parts begin at even numbers.
-        flat = 4 * math.ceil(numbers(shapes) / (2 * ranks)) * 2 * ranks
+        halves = [numbers(shapes, part) for part in ("encoder", "aggregator")]
+        flat = sum(4 * math.ceil(half / (2 * ranks)) * 2 * ranks for half in halves)
         return {("reduction", "all-reduce"): STEPS * every, ("optimizer", "all-gather"): STEPS * flat}
     if strategy == "zero3":
         encoder, aggregator = (4 * numbers(shapes, part, multiple=ranks) for part in ("encoder", "aggregator"))

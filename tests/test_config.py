@@ -55,6 +55,15 @@ def test_deepspeeds_schedulers_take_the_recipes_lengths() -> None:
         complete({"scheduler": {"type": "OneCycle"}})
 
 
+@pytest.mark.parametrize("setting", [{"encoder_frozen_epochs": 0.5}, {"weight_decay_end": 0.0}])
+def test_deepspeeds_schedulers_do_not_know_every_setting(setting: dict[str, float]) -> None:
+    config = Config(run=RunConfig(name="test"), optim=OptimConfig(**setting))  # type: ignore[arg-type]
+    name = next(iter(setting)).replace("_", "-")
+    with pytest.raises(ConfigError, match=f"scheduler.type WarmupCosineLR knows nothing of --optim.{name}: leave"):
+        complete({"scheduler": {"type": "WarmupCosineLR"}}, config)
+    assert complete({}, config), "the recipe's scheduler does"
+
+
 def test_clipping_is_always_explicit() -> None:
     """DeepSpeed clips at 1.0 when it is not told."""
     assert complete({})["gradient_clipping"] == 0.5
@@ -108,6 +117,10 @@ def test_ds_json_that_is_no_json(tmp_path: Path) -> None:
     ("section", "values"),
     [
         (DataConfig, {"mpp_um": 0}),
+        (DataConfig, {"epoch_share": 0.0}),
+        (DataConfig, {"epoch_share": 1.1}),
+        (OptimConfig, {"weight_decay_end": -0.1}),
+        (OptimConfig, {"encoder_frozen_epochs": -1.0}),
         (DataConfig, {"k": 0}),
         (DataConfig, {"min_tissue": 1.5}),
         (DataConfig, {"classes": ("one",)}),

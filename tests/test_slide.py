@@ -8,7 +8,7 @@ import openslide
 import pytest
 import tifffile
 
-from slidescale.engine.data.bag import draw_bag, epoch_order
+from slidescale.engine.data.bag import draw_bag, epoch_order, epoch_size
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.slide import Slide
@@ -149,6 +149,17 @@ def test_epoch_order() -> None:
     first = epoch_order(rows, seed=0, epoch=0)
     assert sorted(map(id, first)) == sorted(map(id, rows))
     assert first == epoch_order(rows, seed=0, epoch=0) != epoch_order(rows, seed=0, epoch=1)
+
+
+def test_an_epoch_takes_a_share_of_the_slides() -> None:
+    """The same on every rank, without repeats, others each time; in the end, all of them."""
+    rows = [ManifestRow(str(i), str(i), Path("s"), 0, "train") for i in range(11)]
+    epochs = [epoch_order(rows, seed=3, epoch=epoch, share=0.5) for epoch in range(12)]
+    assert all(len({row.slide_id for row in epoch}) == len(epoch) == epoch_size(11, 0.5) == 6 for epoch in epochs)
+    assert epochs[0] == epoch_order(rows, seed=3, epoch=0, share=0.5) != epochs[1]
+    assert {row.slide_id for epoch in epochs for row in epoch} == {row.slide_id for row in rows}
+    assert epoch_order(rows, seed=3, epoch=0, share=1.0) == epoch_order(rows, seed=3, epoch=0)
+    assert [epoch_size(slides, 0.01) for slides in (0, 1, 30)] == [0, 1, 1], "at least one of what there is"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from slidescale.engine import main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
@@ -82,6 +84,32 @@ def test_resumed_run_equals_an_uninterrupted_one(
     expected, found = weights_in(whole), weights_in(folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert read_csv(whole / "predictions.csv") == read_csv(folder / "predictions.csv")
+
+
+def test_frozen_start_and_half_the_slides_an_epoch(demo_manifest: Path, tmp_path: Path) -> None:
+    """The schedule's length, the curves and a resume follow from the shorter epochs."""
+    optim = OptimConfig(encoder_frozen_epochs=1, warmup_epochs=0.5, weight_decay=0.04, weight_decay_end=0.4)
+    slides = sum(row["split"] == "train" for row in read_csv(demo_manifest))
+    config = make_config(demo_manifest, tmp_path, epochs=3, optim=optim)
+    config = replace(config, data=replace(config.data, epoch_share=0.5))
+    steps = round(slides / 2)
+    assert steps < slides
+    folder = main.run(config)
+    board = EventAccumulator(str(folder)).Reload()
+    scalars = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
+    every = list(range(1, 3 * steps + 1))
+    assert [event.step for event in scalars["train/loss"]] == every
+    assert [event.step for event in scalars["train/gradient_norm_encoder"]] == every[steps:], "not while it is frozen"
+    rates = [event.value for event in scalars["train/learning_rate_encoder"]]
+    assert not any(rates[:steps]) and all(rates[steps:])
+    decays = [event.value for event in scalars["train/weight_decay"]]
+    assert decays[0] == pytest.approx(0.04) and decays == sorted(decays) and 0.3 < decays[-1] < 0.4
+    assert all(0 < event.value <= 1 for event in scalars["train/attention_entropy"])
+    assert all(1 <= event.value <= 12.001 for event in scalars["train/effective_tiles"]), "of data.k tiles, 12"
+    names = {info.name.tag for info in metadata.parse_experiment_plugin_data(
+        board.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    ).metric_infos}  # fmt: skip
+    assert names and names <= set(scalars), "what runs are compared by is there"
 
 
 def test_a_taken_name_gets_a_number(demo_manifest: Path, tmp_path: Path) -> None:

@@ -57,7 +57,16 @@ def draw_bag(row: ManifestRow, tiling: Tiling, k: int | Literal["all"], *, seed:
     return Bag(row, coords, tiling.side_px, bag_seed)
 
 
-def epoch_order(rows: list[ManifestRow], *, seed: int, epoch: int) -> list[ManifestRow]:
-    """The slides of an epoch, shuffled; depends on (seed, epoch) only."""
+def epoch_size(slides: int, share: float) -> int:
+    """How many of the slides an epoch takes: their share, rounded, and at least one of them."""
+    return min(slides, max(1, round(share * slides)))
+
+
+def epoch_order(rows: list[ManifestRow], *, seed: int, epoch: int, share: float = 1.0) -> list[ManifestRow]:
+    """The slides of an epoch, shuffled; which and in what order depends on (seed, epoch) only.
+
+    Args:
+        share: of the rows, drawn anew each epoch without regard to class.
+    """
     order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(len(rows))
-    return [rows[index] for index in order]
+    return [rows[index] for index in order[: epoch_size(len(rows), share)]]

@@ -110,6 +110,17 @@ def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward:
             backward((_encode_chunk(model, chunks, rows) * gradient[rows]).sum())
 
 
+def inject_zeros(model: SlideModel, chunks: Chunks, backward: Backward) -> None:
+    """Give every parameter of the encoder a gradient of zeros, in place of `backpropagate`.
+
+    As a padding chunk does, and for its reason: ZeRO-3 would apply an earlier step's gradient to parameters that get
+    none, and FSDP2 reduces in the last backward through them.
+    """
+    rows = slice(0, 0)
+    with _randomness(chunks, rows):
+        backward(_encode_chunk(model, chunks, rows).sum())
+
+
 @contextmanager
 def seeded(device: torch.device, *key: int | str) -> Iterator[None]:
     """Draw torch's random numbers on the CPU and `device` from a key, and put the generators back afterwards."""

@@ -9,9 +9,10 @@ from slidescale.engine.config import Config, ParallelConfig
 from slidescale.engine.ds_config import Schedule
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.optim import make_optimizer, make_scheduler, parameter_groups
+from slidescale.engine.optim import make_optimizer, parameter_groups
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
+from slidescale.engine.schedule import GroupSchedule
 
 StrategyName = Literal["single", "ddp", "zero", "fsdp"]
 
@@ -62,7 +63,7 @@ def make_strategy(
         ds_config: as completed, for "zero".
         bf16: whether the model runs under bf16 autocast.
     """
-    schedule_for = partial(make_scheduler, config=config.optim, schedule=schedule)
+    schedule_for = partial(GroupSchedule, config=config.optim, schedule=schedule)
     clip = config.optim.clip
     if name == "fsdp":
         from slidescale.engine.parallel.fsdp import FsdpStrategy

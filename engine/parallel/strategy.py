@@ -3,12 +3,16 @@
 A strategy owns the model from the moment it wraps it, and is all that the training step knows of the machinery.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -16,6 +20,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.errors import TrainingError
 from slidescale.engine.models.slide_model import SlideModel
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """L2 norms of a step's gradient, the mean over ranks, before clipping.
+
+    Attributes:
+        total: of all parameters.
+        halves: of "aggregator" and "encoder", as far as they have parameters that train.
+    """
+
+    total: float
+    halves: dict[str, float]
 
 
 class Strategy(ABC):
@@ -42,19 +59,32 @@ class Strategy(ABC):
         """Add the gradient of a scalar to the parameters' gradients."""
 
     @abstractmethod
-    def step(self) -> float:
+    def step(self) -> GradientNorms:
         """Clip, update the parameters, advance the schedule, clear the gradients.
 
         Returns:
-            The global gradient norm before clipping.
+            Of the whole gradient, before clipping.
 
         Raises:
             TrainingError: the norm is not finite; no parameter has changed.
         """
 
     @abstractmethod
-    def learning_rate(self) -> float:
-        """The learning rate of the next step (of the first parameter group)."""
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, with the settings of the next step."""
+
+    def settings(self) -> dict[str, float]:
+        """Of the next step: `learning_rate`, the aggregator's; `learning_rate_encoder`, its largest, if it trains at
+        all; `weight_decay`, the largest.
+        """
+        groups = self.groups()
+        found = {"learning_rate": groups[0]["lr"], "weight_decay": max(group["weight_decay"] for group in groups)}
+        rates = [group["lr"] for group in groups if group.get("name", "").startswith("encoder")]
+        return found | ({"learning_rate_encoder": max(rates)} if rates else {})
+
+    def encoder_frozen(self) -> bool:
+        """Whether the next step leaves the encoder as it is."""
+        return any(map(is_frozen, self.groups()))
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's value, put together from all ranks, each of which calls this."""
@@ -91,24 +121,22 @@ class TorchStrategy(Strategy):
         self._scheduler = scheduler
         self._clip = clip
 
-    def step(self) -> float:
+    def step(self) -> GradientNorms:
         """Clip, step, schedule, clear."""
-        parameters = list(self.model.parameters())
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        check_gradient_norm(float(norm))
+        norms = gradient_norms(self.model)
+        check_gradient_norm(norms.total)
         if self._clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+            total = torch.tensor(norms.total, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, total)
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
         self._optimizer.zero_grad()
-        return float(norm)
+        return norms
 
-    def learning_rate(self) -> float:
-        """Of the first parameter group."""
-        return self._optimizer.param_groups[0]["lr"]
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own."""
+        return self._optimizer.param_groups
 
 
 class SingleStrategy(TorchStrategy):
@@ -142,6 +170,44 @@ class SingleStrategy(TorchStrategy):
         self._optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
+
+
+def is_frozen(group: dict[str, Any]) -> bool:
+    """Whether a group is the encoder's and does not train yet (see `GroupSchedule`): only its rate is ever 0."""
+    return group.get("name", "").startswith("encoder") and group["lr"] == 0
+
+
+def gradient_norms(model: SlideModel) -> GradientNorms:
+    """Norms of the gradients that parameters hold, whole and equal on every rank, or sharded over ranks.
+
+    Of shards each rank takes the norms of its own, and one sum over all ranks, of a number a half, puts these together;
+    where there are several copies of the shards, each copy gives its part.
+    """
+    squares: dict[str, Tensor] = {}
+    copies: set[int] = set()
+    for half, module in (("aggregator", model.aggregator), ("encoder", model.encoder)):
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        if shards:
+            # In doubles, so that the square of a large norm does not pass for an infinite one.
+            squares[half] = torch.nn.utils.get_total_norm(shards).double().square()
+        copies |= {_copies(grad) for grad in grads if isinstance(grad, DTensor)}
+    stacked = torch.stack(list(squares.values()))
+    if copies:
+        assert len(copies) == 1, f"all of the model has as many copies, not {copies}"
+        stacked /= copies.pop()
+        dist.all_reduce(stacked)
+    halves = dict(zip(squares, stacked.sqrt().tolist(), strict=True))
+    return GradientNorms(math.hypot(*halves.values()), halves)
+
+
+def _copies(sharded: DTensor) -> int:
+    """Ranks that hold each element."""
+    return math.prod(
+        size
+        for size, placement in zip(sharded.device_mesh.shape, sharded.placements, strict=True)
+        if placement.is_replicate()
+    )
 
 
 def check_gradient_norm(norm: float) -> None:

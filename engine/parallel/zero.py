@@ -8,10 +8,11 @@ import atexit
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from slidescale.engine.errors import UserError
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import is_main_rank
-from slidescale.engine.parallel.strategy import Strategy, check_gradient_norm
+from slidescale.engine.parallel.strategy import GradientNorms, Strategy, check_gradient_norm, gradient_norms
 
 # DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +39,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 # What DeepSpeed's engine calls to reduce at the end of `coalesce_grad_reduction`.
 FLUSHES = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
+# What its optimizers of stages 1 to 3 call once for each group of parameters, to put the whole norm together: the
+# group's norm over all ranks, of gradients that are on the device, or that have been offloaded.
+GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 
 
 class ZeroStrategy(Strategy):
@@ -45,7 +49,7 @@ class ZeroStrategy(Strategy):
 
     Args:
         ds_config: a complete DeepSpeed configuration (no "auto" left).
-        parameter_groups: as torch optimizers take them.
+        parameter_groups: as torch optimizers take them, none with parameters of both halves of the model.
         optimizer: over these groups, for a configuration that names none.
         scheduler: makes a schedule for an optimizer, for a configuration that names none.
     """
@@ -59,6 +63,7 @@ class ZeroStrategy(Strategy):
         *,
         ds_config: dict[str, Any],
     ) -> None:
+        self._halves = [_half(model, group["params"]) for group in parameter_groups]  # the engine replaces "params"
         with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()), _helpful_errors():
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
@@ -78,6 +83,10 @@ class ZeroStrategy(Strategy):
         self._stage = int(engine.zero_optimization_stage())
         self.name = f"zero{self._stage}"
         self.checkpoint_format = f"{self.name} on {engine.world_size} ranks"
+        self._group_norms: list[Tensor] = []
+        if self._stage > 0:
+            for name in GROUP_NORMS:
+                setattr(engine.optimizer, name, _noting(getattr(engine.optimizer, name), self._group_norms))
 
     @contextmanager
     def accumulate(self, backwards: int) -> Iterator[None]:
@@ -106,24 +115,41 @@ class ZeroStrategy(Strategy):
         """DeepSpeed's backward, which its stages 0 to 3 all support; the step weighs its slides itself."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self) -> GradientNorms:
         """DeepSpeed's step: clips by `gradient_clipping`, steps, advances its scheduler, clears the gradients."""
         if self._stage == 0:
             # DeepSpeed computes no norm here, and its gradients are whole and equal on every rank.
-            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
-            check_gradient_norm(norm)
+            norms = gradient_norms(self.model)
+            check_gradient_norm(norms.total)
             self._engine.step()
-            return norm
+            return norms
         # Stages 1 to 3 skip the update themselves when the norm is not finite, and report it as infinite.
+        self._group_norms.clear()
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        check_gradient_norm(norm)
-        return norm
+        total = float(self._engine.get_global_grad_norm())
+        check_gradient_norm(total)
+        return GradientNorms(total, self._norms_by_half())
 
-    def learning_rate(self) -> float:
-        """Of the first parameter group."""
-        return self._engine.optimizer.param_groups[0]["lr"]
+    def _norms_by_half(self) -> dict[str, float]:
+        """From the norms that DeepSpeed took of its groups.
+
+        Stages 1 and 2 have the optimizer's groups, in their order; stage 3 cuts these into sub-groups of bounded size.
+        """
+        optimizer = self._engine.optimizer
+        count = len(self._halves) if self._stage < 3 else len(optimizer.sub_group_to_group_id)
+        assert len(self._group_norms) == count, f"DeepSpeed took {len(self._group_norms)} norms of {count} groups"
+        of_group: dict[int, list[float]] = {}
+        for index, norm in enumerate(self._group_norms):
+            group = index if self._stage < 3 else optimizer.sub_group_to_group_id[index]
+            of_group.setdefault(group, []).append(float(norm))
+        return {
+            half: math.hypot(*(n for group, norms in of_group.items() if self._halves[group] == half for n in norms))
+            for half in dict.fromkeys(self._halves)
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, which DeepSpeed's wrappers of it share."""
+        return self._engine.optimizer.param_groups
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """Gathered, where stage 3 has split it."""
@@ -141,6 +167,24 @@ class ZeroStrategy(Strategy):
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
+
+
+def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
+    """Whose parameters these are, "aggregator" or "encoder"."""
+    aggregators = {id(parameter) for parameter in model.aggregator.parameters()}
+    halves = {"aggregator" if id(parameter) in aggregators else "encoder" for parameter in parameters}
+    assert len(halves) == 1, "a group has parameters of one half of the model"
+    return halves.pop()
+
+
+def _noting(function: Callable[..., Tensor], notes: list[Tensor]) -> Callable[..., Tensor]:
+    """`function`, whose results are also noted."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        notes.append(result := function(*args, **kwargs))
+        return result
+
+    return call
 
 
 def _remove_shared_buffer() -> None:
