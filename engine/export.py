@@ -11,9 +11,10 @@ import timm
 import torch
 import tyro
 from safetensors.torch import save_file
+from torch import nn
 
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.models.encoder import Encoder, size_options
+from slidescale.engine.models.encoder import Encoder, timm_recipe
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.trained import TrainedRun, load_run
 
@@ -63,13 +64,17 @@ def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
     """What one must know to use the encoder, with the lines of Python that load and call it."""
     config, encoder = run.config, run.model.encoder
     assert isinstance(encoder, Encoder), "a trained run has its encoder, also a frozen one"
-    options = size_options(encoder.name, config.data.tile_px)
+    name, options = timm_recipe(encoder.name, config.data.tile_px)
     mean, std = ([round(value, 6) for value in each.tolist()] for each in (encoder.prepare.mean, encoder.prepare.std))
-    arguments = "".join(f", {name}={value!r}" for name, value in options.items())
+    arguments = "".join(f", {key}={_source(value)}" for key, value in options.items())
+    features = ["features = encoder((tiles / 255 - mean) / std)  # tiles: uint8 [n, 3, tile_px, tile_px]"]
+    if encoder.prefix_tokens is not None:
+        features.append(f"features = torch.cat([features[:, 0], features[:, {encoder.prefix_tokens}:].mean(1)], dim=1)")
     return {
-        "timm_name": encoder.name,
+        "timm_name": name,
         "timm_version": timm.__version__,
-        "options": options | {"num_classes": 0},
+        "options": {key: _source(value) if callable(value) else value for key, value in options.items()}
+        | {"num_classes": 0},
         "features": encoder.dim,
         "tile_px": config.data.tile_px,
         "mpp_um": config.data.mpp_um,
@@ -80,9 +85,16 @@ def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
         "trained_by": run.title,
         "python": [
             "import timm, torch",
-            f"encoder = timm.create_model({encoder.name!r}, num_classes=0{arguments}, "
-            f"checkpoint_path={file_name!r}).eval()",
+            f"encoder = timm.create_model({name!r}, num_classes=0{arguments}, checkpoint_path={file_name!r}).eval()",
             f"mean, std = torch.tensor({mean}).view(3, 1, 1), torch.tensor({std}).view(3, 1, 1)",
-            "features = encoder((tiles / 255 - mean) / std)  # tiles: uint8 [n, 3, tile_px, tile_px]",
+            *features,
         ],
     }
+
+
+def _source(value: Any) -> str:
+    """A constructor's option as Python's source, a layer by its full name."""
+    if not callable(value):
+        return repr(value)
+    places = ((module, name) for module in (timm.layers, nn) for name in vars(module))
+    return next(f"{module.__name__}.{name}" for module, name in places if vars(module)[name] is value)

@@ -50,7 +50,7 @@ class Step:
         rows: its slides, S × A of them or, at the end of an epoch, fewer.
         k: tiles in all their bags.
         slots: that every rank works on, and
-        chunks: that it trains the encoder on in all of them; none of an encoder that the model does not have.
+        chunks: that it encodes in all of them.
         shares: this rank's, a slot each; only one at a time is in memory, beside those that are read ahead.
         waited_s: time spent waiting for tiles, so far.
     """
@@ -87,8 +87,7 @@ class Feed:
             slots = [step_rows[at : at + slides] for at in range(0, len(step_rows), slides)]
             sizes = [[bag_size(self._cohort.tilings[row.slide_id], data.k) for row in slot] for slot in slots]
             counts = [max(self._mesh.tiles.chunk_count(k, self._plan.chunk) for k in ks) for ks in sizes]
-            chunks = 0 if self._config.model.frozen else sum(counts)
-            step = Step(step_rows, sum(map(sum, sizes)), len(counts), chunks)
+            step = Step(step_rows, sum(map(sum, sizes)), len(counts), sum(counts))
             shares = (
                 self._share(step, slot, count, self._plan.stored_chunks(max(ks)), own, readings)
                 for slot, count, ks in zip(slots, counts, sizes, strict=True)
@@ -101,7 +100,7 @@ class Feed:
                     yield step
                     break
                 step.slots -= 1  # nothing to compute: the step begins with the next slot
-                step.chunks -= min(step.chunks, count)
+                step.chunks -= count
 
     def _share(
         self,

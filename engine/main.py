@@ -32,6 +32,7 @@ from slidescale.engine.memory.two_pass import seeded
 from slidescale.engine.memory.usage import GIB, keep_freed_memory, reset_peak, return_freed_memory
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
+from slidescale.engine.models.foundation import find_foundation_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective, fit_objective, make_objective
 from slidescale.engine.parallel.mesh import (
@@ -127,7 +128,7 @@ def run(config: Config) -> Path:
         raise ConfigError(f"--run.kernels: {error}") from None
     make = partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels)
     model = make(config).to(device)
-    _warn_of_random_weights(config, model.encoder)
+    _describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, mesh) if config.model.frozen else None
     folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, mesh)
     if config.resume:
@@ -148,7 +149,7 @@ def run(config: Config) -> Path:
     reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
     if frozen_encoder is not None:
         store = FeatureStore(
-            config.run.out / "features", spec, encoder=config.model.encoder, fingerprint=frozen_encoder,
+            config.run.out / "features", spec, encoder=model.encoder.name, fingerprint=frozen_encoder,
             precision="bf16" if bf16 else "fp32", dim=model.encoder.dim,
         )  # fmt: skip
         chunk = plan_encoding(config, make, mesh=mesh, device=device)
@@ -269,8 +270,11 @@ def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
     return first
 
 
-def _warn_of_random_weights(config: Config, encoder: Encoder | GivenFeatures) -> None:
+def _describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
     settings = config.model
+    known = find_foundation_model(settings.encoder)
+    if known:
+        log.info("encoder %s: %s; licence: %s", known[0], known[1].source, known[1].licence)
     if settings.pretrained or settings.weights:
         return
     if settings.lora_rank:
@@ -279,7 +283,9 @@ def _warn_of_random_weights(config: Config, encoder: Encoder | GivenFeatures) ->
             "use --model.pretrained or --model.weights",
             settings.encoder,
         )
-    if settings.frozen:
+    if known:
+        log.warning("%s has random weights: use --model.pretrained or --model.weights", settings.encoder)
+    elif settings.frozen:
         log.warning(
             "--model.frozen keeps %s as it is, and its weights are random: use --model.pretrained or --model.weights",
             settings.encoder,

@@ -56,7 +56,7 @@ class PlanRequest:
     memory: str | None = None
     """Memory of each rank, such as 80GiB; by default that of --device."""
     encoder: str = "resnet50_gn"
-    """A timm model name, or hf-hub:owner/model."""
+    """A timm model name, hf-hub:owner/model, or a foundation model such as uni or virchow2."""
     ranks: int = 1
     """Ranks, which share each slide's tiles and the model."""
     strategy: ShardingName | Literal["auto"] = "auto"

@@ -77,8 +77,11 @@ class TrainStep:
         losses: dict[str, float] = {}
         entropies = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
         frozen = self.strategy.encoder_frozen()
+        # In each slot the aggregator's, and those of an encoder, unless its features are given (`GivenFeatures`).
+        given = not any(parameter.requires_grad for parameter in self.strategy.model.encoder.parameters())
+        backwards = step.slots + (0 if given else step.slots if frozen else step.chunks)
         self.stopwatch.start()
-        with self.strategy.accumulate(step.slots + (step.slots if frozen else step.chunks)):
+        with self.strategy.accumulate(backwards):
             for share in step.shares:
                 self.stopwatch.lap("reading")
                 losses |= self._add(share, entropies, frozen=frozen)

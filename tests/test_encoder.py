@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.dropout import Draw, KeyedDropout, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.lora import merge_adapters
+from slidescale.engine.models.packaged import packaged_weights
 from slidescale.engine.models.slide_model import SlideModel
 
 K = 7
@@ -246,3 +248,55 @@ def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     floor = sum(float(g.norm()) for g in expected.values()) / len(expected)
     assert floor > 0
     return max(float((expected[n] - found[n]).norm()) / max(floor, float(expected[n].norm())) for n in expected)
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    """Else timm would load what fits of it, without a word, since it leaves the classifier out."""
+    other = timm.create_model("test_vit2", num_classes=1000, img_size=32).state_dict()
+    torch.save({name: value for name, value in other.items() if "pos_embed" not in name}, tmp_path / "other.pth")
+    with pytest.raises(
+        ConfigError, match="model.encoder test_vit|model.weights: .*other.pth is not of test_vit: of its"
+    ):
+        make_encoder(weights=tmp_path / "other.pth")
+    partial = timm.create_model("test_vit", num_classes=1000, img_size=32).state_dict()
+    del partial["blocks.3.attn.qkv.weight"]
+    torch.save(partial, tmp_path / "partial.pth")
+    with pytest.raises(ConfigError, match=r"1 are not in the file, such as blocks.3.attn.qkv.weight"):
+        make_encoder(weights=tmp_path / "partial.pth")
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes"), [("coffee", {967}), ("chelsea", {281, 282, 285}), ("rocket", {657, 744})]
+)
+def test_packaged_weights_know_what_is_in_a_photo(photo: str, classes: set[int]) -> None:
+    """Features and the package's own classifier: espresso; tabby, tiger or Egyptian cat; missile."""
+    from PIL import Image
+    from skimage import data
+
+    image = Image.fromarray(getattr(data, photo)())
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BICUBIC)
+    encoder = Encoder("efficientnet_lite0_packaged", tile_px=224, pretrained=True).eval()
+    features = encoder(torch.tensor(np.asarray(square))[None])
+    assert features.shape == (1, encoder.dim) == (1, 1280)
+    state = packaged_weights()
+    logits = features @ state["classifier.weight"].T + state["classifier.bias"]
+    assert int(logits.argmax()) in classes
+
+
+def test_packaged_weights_are_all_used() -> None:
+    state = packaged_weights()
+    network = timm.create_model("tf_efficientnet_lite0")
+    assert state.keys() == network.state_dict().keys()
+    network.load_state_dict(state)
+    encoder = Encoder("efficientnet_lite0_packaged", tile_px=64, pretrained=True)
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert encoder.prepare.mean.tolist() == encoder.prepare.std.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidescale.engine.models.packaged.PACKAGE", "no_such_package")
+    with pytest.raises(ConfigError, match=r"pip install 'slidescale\[study\]'"):
+        Encoder("efficientnet_lite0_packaged", tile_px=64, pretrained=True)

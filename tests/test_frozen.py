@@ -26,15 +26,15 @@ from slidescale.engine.data.manifest import ManifestRow, read_manifest
 from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
-from slidescale.engine.ds_config import Schedule
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.frozen import _deal, fingerprint
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import Job, choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.optim import make_optimizer, make_scheduler, parameter_groups
+from slidescale.engine.optim import make_optimizer, parameter_groups
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.schedule import GroupSchedule, make_schedule
 
 from conftest import damage, read_csv
 
@@ -137,7 +137,7 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
     model = main.make_model(config, classes=2, bf16=False, kernels="torch").without_encoder()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
-    scheduler = make_scheduler(optimizer, config.optim, Schedule(len(rows), len(rows)))
+    scheduler = GroupSchedule(optimizer, config.optim, make_schedule(config, steps_an_epoch=len(rows)))
     objective, told = CrossEntropy((), 2), []
     for row in epoch_order(rows, seed=0, epoch=0):
         bag = draw_bag(row, cached_tiling(row.path, SPEC, tmp_path / "tilings"), 12, seed=0, epoch=0)
@@ -293,6 +293,7 @@ def test_a_full_disk_is_told(
         ("model", {"drop_path": 0.1}),
         ("model", {"lora_rank": 2}),
         ("optim", {"layer_decay": 0.7}),
+        ("optim", {"encoder_frozen_epochs": 1}),
         ("memory", {"policy": "keep"}),
         ("memory", {"checkpoint_blocks": True}),
     ],

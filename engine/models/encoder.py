@@ -1,8 +1,11 @@
 """Tile encoders: any timm model, from uint8 tiles to one feature vector a tile."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -11,7 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.dropout import KeyedDropout, key_dropouts
+from slidescale.engine.models.foundation import (
+    FOUNDATION_MODELS,
+    class_and_patch_tokens,
+    create_foundation_model,
+    find_foundation_model,
+)
 from slidescale.engine.models.lora import add_adapters
+from slidescale.engine.models.packaged import ARCHITECTURE, PACKAGED_ENCODER, packaged_weights
 from slidescale.engine.models.tile_prep import TilePrep
 from slidescale.kernels.dispatch import KernelName
 
@@ -23,10 +33,11 @@ class Encoder(nn.Module):
     how a slide is cut into chunks and would be updated twice by the two passes. Their scale and shift train.
 
     Args:
-        name: a timm model name, e.g. "resnet50_gn" or "hf-hub:owner/model".
+        name: a timm model name, e.g. "resnet50_gn" or "hf-hub:owner/model", one of the `FOUNDATION_MODELS`, or
+            "efficientnet_lite0_packaged" (see `packaged.py`).
         tile_px: side of a tile in pixels; a model of fixed input size is built for it.
-        pretrained: load timm's published weights (from the hub or the local hub cache).
-        weights: a local state dict (.pth, .safetensors) to load instead.
+        pretrained: load the published weights (from the hub or the local hub cache, or the package).
+        weights: a local state dict (.pth, .bin, .safetensors) to load instead.
         drop_path: largest probability of leaving out a residual block for a tile (stochastic depth: Huang et al.
             2016); timm gives the deepest block this and the earlier ones less.
         lora_rank: rank of the adapters that are trained in place of the weights (see `models/lora.py`); 0: none.
@@ -53,11 +64,16 @@ class Encoder(nn.Module):
         kernels: KernelName = "torch",
     ) -> None:
         super().__init__()
-        self.name = name
+        known = find_foundation_model(name)
+        self.name = known[0] if known else name
         backbone = _create(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
         # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
         self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        self.prefix_tokens = None
+        if known:
+            self.dim = known[1].dim
+            self.prefix_tokens = backbone.num_prefix_tokens if known[1].concatenates else None
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.prepare = TilePrep(
             data_config["mean"], data_config["std"], augment_symmetry=augment_symmetry, stain_jitter=stain_jitter,
@@ -72,7 +88,10 @@ class Encoder(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 `[n, H, W, 3]` to features `[n, D]`."""
-        return self.backbone(self.prepare(tiles))
+        features = self.backbone(self.prepare(tiles))
+        if self.prefix_tokens is not None:
+            return class_and_patch_tokens(features, self.prefix_tokens)
+        return features
 
     def train(self, mode: bool = True) -> "Encoder":
         """Set training or evaluation mode; BatchNorm layers stay in evaluation mode."""
@@ -131,22 +150,24 @@ class GivenFeatures(nn.Module):
 
 def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, drop_path: float) -> Any:
     """Build the timm model without its classifier."""
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     if pretrained and weights:
         raise ConfigError(f"model.pretrained and model.weights={weights} both name weights: choose one")
     if weights and not weights.is_file():
         raise ConfigError(f"model.weights: no file {weights}")
-    options: dict = {"num_classes": 0, "pretrained": pretrained}
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    if weights:
-        # timm then resizes and filters these exactly as it does the published ones.
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
-    options |= size_options(name, tile_px)
+    options: dict = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        return timm.create_model(name, **options)
+        if known := find_foundation_model(name):
+            return create_foundation_model(
+                *known, tile_px, pretrained=pretrained, weights=str(weights) if weights else None, **options
+            )
+        if name == PACKAGED_ENCODER:
+            backbone = _create_timm(ARCHITECTURE, tile_px, pretrained=False, weights=weights, **options)
+            if pretrained:
+                classifier = ("classifier.weight", "classifier.bias")
+                state = packaged_weights()
+                backbone.load_state_dict({key: state[key] for key in state if key not in classifier})
+            return backbone
+        return _create_timm(name, tile_px, pretrained=pretrained, weights=weights, **options)
     except TypeError as error:  # timm hands options on to the network's constructor, and not every one has this
         if "drop_path_rate" in str(error):
             raise ConfigError(_no_drop_path(name, drop_path)) from None
@@ -155,12 +176,48 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
         raise ConfigError(f"model.encoder {name}: {error}") from error
 
 
-def size_options(name: str, tile_px: int) -> dict[str, int]:
-    """What timm must be told to build a model for tiles of this side: nothing, if it takes any, or is from a hub."""
+def timm_recipe(name: str, tile_px: int) -> tuple[str, dict[str, Any]]:
+    """Architecture and options by which timm builds an encoder of this name for tiles of this side."""
+    if known := find_foundation_model(name):
+        return known[1].architecture, {**known[1].options, "img_size": tile_px}
+    name = ARCHITECTURE if name == PACKAGED_ENCODER else name
     if ":" in name:
-        return {}
+        return name, {}  # as its configuration on the hub says
     published = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return {"img_size": tile_px} if published is not None and published.fixed_input_size else {}
+    return name, {"img_size": tile_px} if published is not None and published.fixed_input_size else {}
+
+
+def _create_timm(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, **options: Any) -> Any:
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *FOUNDATION_MODELS], n=5, cutoff=0.5)
+        raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    if weights:
+        # timm then resizes and filters these exactly as it does the published ones.
+        options |= {"pretrained_cfg_overlay": {"file": str(weights)}}
+    options |= timm_recipe(name, tile_px)[1]
+    with _noting_missing_keys() as missing:
+        backbone = timm.create_model(name, num_classes=0, pretrained=pretrained or bool(weights), **options)
+    if weights and missing:
+        raise ConfigError(
+            f"model.weights: {weights} is not of {name}: of its {len(backbone.state_dict())} tensors, {len(missing)} "
+            f"are not in the file, such as {missing[0]}"
+        )
+    return backbone
+
+
+@contextmanager
+def _noting_missing_keys() -> Iterator[list[str]]:
+    """What state dicts that are loaded meanwhile lack; timm accepts that where it leaves out a classifier."""
+    missing: list[str] = []
+    original = nn.Module.load_state_dict
+
+    def load(self: nn.Module, *args: Any, **settings: Any) -> Any:
+        result = original(self, *args, **settings)
+        missing.extend(result.missing_keys)
+        return result
+
+    with mock.patch.object(nn.Module, "load_state_dict", load):
+        yield missing
 
 
 def _no_drop_path(name: str, drop_path: float) -> str:
