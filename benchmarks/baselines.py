@@ -19,7 +19,7 @@ from slidescale.engine.stopwatch import Stopwatch
 from drawn_slide import tile_coords
 from ways import CLASSES, Cell, Source, Way
 
-LABEL = 1
+LABEL = 1.0
 # Tiles whose features are computed at once where no gradient is wanted.
 FROZEN_CHUNK = {"cpu": 16, "cuda": 128}
 # Tiles that are in memory at once while the features of a slide are computed.
@@ -47,7 +47,7 @@ class Baseline(Way):
         k, side = len(features), self.cell.tile
         places = torch.from_numpy(tile_coords(k, side) / side).to(self.device, torch.float32)
         logits, _ = model.aggregate(features, places, TileGroup())
-        return self._objective(logits, LABEL)
+        return self._objective(logits, torch.tensor([LABEL], dtype=torch.float64, device=self.device))
 
     def _update(self) -> None:
         self._optimizer.step()

@@ -28,10 +28,10 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.main import has_bf16
 from slidescale.engine.memory.usage import GIB, available_bytes, format_size, parse_size
 from slidescale.engine.stopwatch import PHASES
 
+from arguments import HEAD, add_chunk, add_common, settle
 from cell import PLANTED, measure
 from drawn_slide import write_slide
 from harness import Ended, Limits, Rows, describe_machine, tell_machine
@@ -40,11 +40,6 @@ from page import table, write_section
 from picture import draw
 from ways import BASELINES, POLICIES, STRATEGIES, Cell
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-HEAD = """# Benchmarks
-
-Written by the commands that each section names; `make bench` runs the short ones. Not by hand.
-"""
 # What a row has of its cell, and what it has measured.
 SETTINGS = ("k", "policy", "strategy", "ranks", "encoder", "tile", "chunk", "dtype", "device")
 MEASURED = ("peak_gib", "base_gib", "step_s", "tiles_per_s", "slides_per_h", "gradient_error")
@@ -286,13 +281,6 @@ def show(args: argparse.Namespace, found: list[list[dict[str, Any]]], text: str,
     write_section(args.page, HEAD, args.section, "\n\n".join([*parts, text]))
 
 
-def chunk_size(text: str) -> int | str:
-    """Of the command line: "auto", or tiles."""
-    if text == "auto" or int(text) > 0:
-        return text if text == "auto" else int(text)
-    raise ValueError(text)
-
-
 def parse() -> argparse.Namespace:
     """The command line.
 
@@ -305,13 +293,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strategy", nargs="+", default=["single"], choices=STRATEGIES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes that share the slide")
     parser.add_argument("--baseline", nargs="*", default=[], choices=BASELINES, help="what to compare with")
-    parser.add_argument("--encoder", default="resnet18", help="any timm model")
-    parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
-    parser.add_argument(
-        "--chunk", type=chunk_size, default="auto", help="tiles that go through the encoder at once, or auto"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
     parser.add_argument(
         "--steps", type=int, default=3, help="steps to time (at the smallest K, 3 at least); their median is told"
     )
@@ -329,22 +310,15 @@ def parse() -> argparse.Namespace:
         metavar="SIZE",
         help="the engine's --memory.budget; default: the memory limit for auto, none for others",
     )
-    parser.add_argument("--time-limit", type=float, default=3600, help="of a cell, s")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
     parser.add_argument("--section", default="scale_k", help="name of the section, and of its picture")
     parser.add_argument("--title", default="Memory and speed as K grows", help="heading of the section")
-    parser.add_argument("--no-page", action="store_true", help="write no page")
+    add_chunk(parser)
+    add_common(parser)
     args = parser.parse_args()
     args.k = sorted(set(args.k))
-    if args.device == "cuda" and torch.cuda.device_count() < max(args.ranks):
-        parser.error(
-            f"--ranks {max(args.ranks)}: PyTorch sees {torch.cuda.device_count()} GPUs here, and a rank takes one"
-        )
+    settle(parser, args, ranks=max(args.ranks))
     if min(*args.k, *args.ranks, args.steps, args.tile) < 1:
         parser.error("--k, --ranks, --steps and --tile must be at least 1")
-    if not args.dtype:
-        args.dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
     try:
         for size, name in ((args.memory_limit, "--memory-limit"), (args.budget or "auto", "--budget")):
             if size != "auto":

@@ -36,7 +36,7 @@ from ways import CLASSES, Cell
 def make_step(tiles: torch.Tensor, chunk: int, stored: int) -> Step:
     """A step on one bag, of which so many chunks keep their graph."""
     k, count = len(tiles), -(-len(tiles) // chunk)
-    row = ManifestRow("random", "random", Path("none"), 1, "train")
+    row = ManifestRow("random", "random", Path("none"), (1.0,), "train")
     bag = Bag(row, np.stack([np.arange(k), np.arange(k)], axis=1), 1.0, seed=0)
     return Step([row], k, 1, count, iter([Share(bag, tiles, count, min(stored, count))]))
 

@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 
-from slidescale.engine.main import has_bf16
 from slidescale.engine.memory.usage import available_bytes, format_size
 from slidescale.engine.stopwatch import PHASES
 
+from arguments import HEAD, add_chunk, add_common, settle
 from cell import PLANTED
 from communication import total
 from drawn_slide import write_slide
 from harness import Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
 from page import table, write_section
-from scale_k import HEAD, PAGE, chunk_size
 from ways import POLICIES, STRATEGIES, Cell
 
 # The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.
@@ -188,18 +187,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=64, help="tiles of the slide")
     parser.add_argument("--merge-k", type=int, nargs="*", default=[16, 64, 256], help="where bytes are counted, too")
     parser.add_argument("--policy", default="recompute", choices=POLICIES)
-    parser.add_argument("--encoder", default="resnet18", help="any timm model")
-    parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
-    parser.add_argument(
-        "--chunk", type=chunk_size, default="auto", help="tiles that go through the encoder at once, or auto"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, 3 or more; their median is told")
-    parser.add_argument("--time-limit", type=float, default=3600, help="of a cell, s")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
-    parser.add_argument("--no-page", action="store_true", help="write no page")
+    add_chunk(parser)
+    add_common(parser)
     args = parser.parse_args()
     if args.ranks < 2:
         parser.error(f"--ranks {args.ranks}: one rank has nobody to talk to")
@@ -207,10 +197,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--steps {args.steps}: faults that are right at the first step would not be seen, 3 or more")
     if min(args.k, *args.merge_k) < 1:
         parser.error("--k and --merge-k are 1 or more")
-    if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
-        parser.error(f"--ranks {args.ranks}: this machine has {torch.cuda.device_count()} GPUs")
-    if args.dtype is None:
-        args.dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
+    settle(parser, args, ranks=args.ranks)
     return args
 
 

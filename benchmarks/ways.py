@@ -126,7 +126,9 @@ class Source:
 
     def cohort(self, k: int, count: int, mesh: Mesh) -> Cohort:
         """`count` slides that are all the same file, for the engine's feed."""
-        rows = tuple(ManifestRow(f"slide-{index}", f"case-{index}", self._path, 1, "train") for index in range(count))
+        rows = tuple(
+            ManifestRow(f"slide-{index}", f"case-{index}", self._path, (1.0,), "train") for index in range(count)
+        )
         cohort = Cohort(Manifest(rows, CLASSES), mesh.world, max_excluded=0, excluded_csv=Path("excluded.csv"))
         tiling = Tiling(tile_coords(k, self._tile_px), float(self._tile_px))
         cohort.tilings = dict.fromkeys((row.slide_id for row in rows), tiling)

@@ -29,7 +29,7 @@ import torch
 
 from slidescale.engine.config import ModelConfig
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.main import has_bf16, make_model
+from slidescale.engine.main import make_model
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import measure as measure_footprint
 from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, CHUNK_CAP, UTILISATION, sizes_to_measure
@@ -37,13 +37,13 @@ from slidescale.engine.memory.usage import available_bytes
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.kernels.dispatch import choose_kernels
 
+from arguments import HEAD, add_common, settle
 from calibration import calibrate
 from cell import measure
 from drawn_slide import write_slide
 from harness import Limits, describe_machine, tell_machine
 from networks import Link, Network, find_network
 from page import table, write_section
-from scale_k import HEAD, PAGE
 from scaling_model import TERMS, Costs, Job, Shape, device_costs, efficiency, messages, shape_of, step_terms
 from scaling_picture import draw
 from ways import CLASSES, STRATEGIES, Cell
@@ -334,8 +334,6 @@ def parse() -> argparse.Namespace:
         SystemExit: with what is wrong.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="resnet18", help="any timm model, measured here")
-    parser.add_argument("--tile", type=int, default=96, help="side of a tile measured here, px")
     parser.add_argument("--tiles-a-rank", type=int, default=64, help="measured here")
     parser.add_argument("--check-policy", nargs="+", default=["recompute", "keep"], choices=["recompute", "keep"])
     parser.add_argument("--check-strategy", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
@@ -352,12 +350,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strategy", nargs="+", default=["ddp", "zero3", "fsdp"], choices=STRATEGIES[1:])
     parser.add_argument("--shown", help="strategy whose terms are drawn; default: the last one")
     parser.add_argument("--policy", default="recompute", choices=["recompute", "keep"], help="modelled")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the device has it")
-    parser.add_argument("--time-limit", type=float, default=600, help="of each measurement, s")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
-    parser.add_argument("--no-page", action="store_true", help="write no page")
+    add_common(parser, tile=96, time_limit=600)
     args = parser.parse_args()
     if args.ranks < 2:
         parser.error(f"--ranks {args.ranks}: one rank alone is measured anyway, 2 or more")
@@ -365,8 +358,7 @@ def parse() -> argparse.Namespace:
         parser.error("--gpus, --steps, --tile, --tiles-a-rank and --project-tiles must be at least 1")
     if args.shown and args.shown not in args.strategy:
         parser.error(f"--shown {args.shown}: must be one of --strategy {' '.join(args.strategy)}")
-    if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
-        parser.error(f"--ranks {args.ranks}: this machine has {torch.cuda.device_count()} GPUs")
+    settle(parser, args, ranks=args.ranks)
     try:
         find_device(args.device_name)
         network = find_network(args.network)
@@ -378,7 +370,6 @@ def parse() -> argparse.Namespace:
             parser.error(f"{count} GPUs do not fill nodes of {network.per_node}, as --network {network.name} has")
     if args.tile_ranks and any(count > args.tile_ranks and count % args.tile_ranks for count in args.gpus):
         parser.error(f"--tile-ranks {args.tile_ranks} must divide larger numbers of --gpus")
-    args.dtype = args.dtype or ("bfloat16" if has_bf16(torch.device(args.device)) else "float32")
     args.cores = len(os.sched_getaffinity(0))
     args.threads = max(1, args.cores // args.ranks)
     return args

@@ -10,6 +10,7 @@ from typing import Any
 from slidescale.engine.errors import UserError
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.strategy import Strategy
+from slidescale.engine.weights import WEIGHTS, read_metadata, write_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,21 @@ class Progress:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: one an epoch, of which `best` and `last` (links) are kept."""
+    """The folder of a run's checkpoints: one an epoch, of which `best` and `last` (links) are kept.
+
+    The weights of the best epoch also stand beside the folder, in `model.safetensors`, in a form that does not depend
+    on the strategy (see `weights.py`).
+    """
 
     def __init__(self, folder: Path, world: RankGroup) -> None:
         self.folder = folder
+        self._weights = folder.parent / WEIGHTS
+        self._unfinished_weights = self._weights.with_name(f"{WEIGHTS}.unfinished")
         self._world = world
 
     def save(self, strategy: Strategy, progress: Progress) -> None:
         """Write a checkpoint and call it `last`; every rank calls it. Earlier ones stay until it is complete."""
-        target = self.folder / f"epoch-{progress.epoch:04d}"
+        target = self.folder / epoch_name(progress.epoch)
         unfinished = target.with_suffix(".unfinished")
         if self._world.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -60,11 +67,18 @@ class Checkpoints:
             self._prune()
         self._world.barrier()
 
-    def mark_best(self, progress: Progress) -> None:
-        """Call `last` also `best`, and keep the score in it; every rank calls it."""
+    def mark_best(self, strategy: Strategy, progress: Progress) -> None:
+        """Call `last` also `best`, keep the score in it, and write the model's weights; every rank calls it.
+
+        The weights are complete under another name before `best` moves, and take theirs after it: `load` finishes
+        what a run that was killed in between has left.
+        """
+        metadata = {"epoch": str(progress.epoch), "step": str(progress.step)}
+        write_weights(strategy, self._unfinished_weights, metadata, main=self._world.rank == 0)
         if self._world.rank == 0:
             target = (self.folder / "last").resolve()
             self._point("best", target)
+            self._unfinished_weights.replace(self._weights)
             self._write_progress(target, progress, _read_progress(target)["format"])
             self._prune()
         self._world.barrier()
@@ -75,6 +89,8 @@ class Checkpoints:
         Raises:
             UserError: it was written in another format.
         """
+        if self._world.rank == 0:
+            self._finish_weights()
         folder = (self.folder / name).resolve()
         content = _read_progress(folder)
         if content["format"] != strategy.checkpoint_format:
@@ -85,6 +101,21 @@ class Checkpoints:
         strategy.load(folder)
         progress = content["progress"]
         return Progress(**(progress | {"best_score": tuple(progress["best_score"])}))
+
+    def _finish_weights(self) -> None:
+        """Where a run was killed as it marked an epoch best: name its weights, or drop what is not complete."""
+        if not self._unfinished_weights.exists():
+            return
+        # `best` moves only once they are complete, so that it names their epoch tells that they are.
+        best = (self.folder / "best").resolve().name
+        try:
+            complete = best == epoch_name(int(read_metadata(self._unfinished_weights)["epoch"]))
+        except ValueError:
+            complete = False
+        if complete:
+            self._unfinished_weights.replace(self._weights)
+        else:
+            self._unfinished_weights.unlink()
 
     def _write_progress(self, folder: Path, progress: Progress, written_format: str) -> None:
         text = json.dumps({"progress": asdict(progress), "format": written_format}, indent=2)
@@ -104,6 +135,11 @@ class Checkpoints:
         for folder in self.folder.glob("epoch-*"):
             if folder.resolve() not in kept:
                 shutil.rmtree(folder)
+
+
+def epoch_name(epoch: int) -> str:
+    """The folder of the checkpoint of so many completed epochs."""
+    return f"epoch-{epoch:04d}"
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:

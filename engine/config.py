@@ -12,6 +12,7 @@ from slidescale.engine.memory.planner import PolicyName
 from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import PoolingName
 from slidescale.engine.models.transformer import SpreadName
+from slidescale.engine.objective import SupervisionName
 from slidescale.kernels.dispatch import KernelChoice
 
 
@@ -22,6 +23,9 @@ class DataConfig:
     manifest: Path | None = None
     """CSV with one row a slide: slide_id, case_id, path, label, split (train, val or test); paths are relative to
     the CSV's folder. Without one the recipe draws its demo cohort and trains on that."""
+    supervision: SupervisionName = "classes"
+    """What the manifest says of a slide. classes: one of two or more; multi_label: several labels, each 0, 1 or
+    missing; regression: a number; survival: a time, and whether an event was observed then or the patient last seen."""
     slide_column: str = "slide_id"
     """Manifest column with a unique name for each slide."""
     case_column: str = "case_id"
@@ -29,11 +33,23 @@ class DataConfig:
     path_column: str = "path"
     """Manifest column with the slide file."""
     label_column: str = "label"
-    """Manifest column with the class."""
+    """Manifest column with the class, or the number (regression), or the time (survival)."""
+    label_columns: tuple[str, ...] = ()
+    """Manifest columns with 0 or 1, or nothing or NA where a label is missing (multi_label only)."""
+    event_column: str = "event"
+    """Manifest column with 1 where the event was observed, and 0 where the time is the last without it (survival
+    only)."""
     split_column: str = "split"
     """Manifest column with train, val or test."""
     classes: tuple[str, ...] = ()
-    """Labels in the order of the logits, negative class first; empty: the sorted labels of the train split."""
+    """Labels in the order of the logits, negative class first; empty: the sorted labels of the train split (classes
+    only)."""
+    label_map: dict[str, str] = field(default_factory=dict)
+    """Labels to rename before they are read, each followed by its new name (classes only): --data.label-map itc tumor
+    micro tumor."""
+    survival_bins: int = 4
+    """Bins of time in which a model predicts the event, cut so that each has about as many of the train split's
+    (survival only)."""
     mpp_um: float = 0.5
     """Resolution to read tiles at, in µm a pixel."""
     default_mpp_um: float | None = None
@@ -75,7 +91,25 @@ class DataConfig:
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1 bag")
         _require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "must be distinct")
         _require(len(self.classes) != 1, "data.classes", self.classes, "must be at least two, or none")
+        self._check_supervision()
         _require(self.demo_slides >= 8, "data.demo_slides", self.demo_slides, "must be at least 8 slides")
+
+    def _check_supervision(self) -> None:
+        """Refuse settings that are another supervision's."""
+        defaults = {each.name: each.default for each in dataclasses.fields(self)} | {"label_map": {}}
+        for names, supervisions in (
+            (("classes", "label_map"), ("classes",)),
+            (("label_columns",), ("multi_label",)),
+            (("event_column", "survival_bins"), ("survival",)),
+            (("label_column",), ("classes", "regression", "survival")),
+        ):
+            for name in names:
+                value, rule = getattr(self, name), f"is for --data.supervision {', '.join(supervisions)}"
+                _require(self.supervision in supervisions or value == defaults[name], f"data.{name}", value, rule)
+        labels = self.label_columns
+        _require(self.supervision != "multi_label" or bool(labels), "data.label_columns", labels, "must name a column")
+        _require(len(set(labels)) == len(labels), "data.label_columns", labels, "must be distinct")
+        _require(self.survival_bins >= 2, "data.survival_bins", self.survival_bins, "must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +273,8 @@ class OptimConfig:
     clip: float = 1.0
     """Largest gradient norm a step is taken with; 0 never clips."""
     class_weights: tuple[float, ...] = ()
-    """Factor on the loss of each class, in the order of data.classes; empty: 1 for all."""
+    """Factor on the loss of each class, in the order of data.classes, or (multi_label) on that of slides that have a
+    label, in the order of data.label_columns; empty: 1 for all."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -321,7 +356,7 @@ class Config:
             _require(not self.model.drop_path, "model.drop_path", self.model.drop_path, left)
             _require(not self.model.lora_rank, "model.lora_rank", self.model.lora_rank, left)
             _require(self.optim.layer_decay == 1, "optim.layer_decay", self.optim.layer_decay, left)
-            _require(not self.optim.encoder_frozen_epochs, "optim.encoder_frozen_epochs", self.optim.encoder_frozen_epochs, left)  # fmt: skip  # noqa: E501
+            _require(not frozen, "optim.encoder_frozen_epochs", frozen, left)
             graphs = "--model.frozen stores no activations of the encoder"
             _require(self.memory.policy == "auto", "memory.policy", self.memory.policy, graphs)
             _require(not self.memory.checkpoint_blocks, "memory.checkpoint_blocks", self.memory.checkpoint_blocks, graphs)  # fmt: skip  # noqa: E501
@@ -335,11 +370,11 @@ class Config:
         return flatten(self.as_dict())
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values."""
+def flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names to values, of which one may be a dict itself."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 

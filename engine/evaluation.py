@@ -1,33 +1,74 @@
 """Evaluation: whole slides, all tissue tiles, streamed through the encoder a chunk at a time."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from slidescale.engine.data.bag import draw_bag
+from slidescale.engine.data.bag import places
 from slidescale.engine.data.cohort import Cohort
-from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.memory.two_pass import Chunks, encode
-from slidescale.engine.metrics import auroc
+from slidescale.engine.metrics import HEADLINES, measure
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.objective import Objective
 from slidescale.engine.parallel.mesh import Mesh
 
 # Chunks that are read while one is encoded.
 CHUNKS_AHEAD = 4
 
+# How the terminal writes metrics' names.
+SHOWN = {"auroc": "AUROC", "r2": "R²"}
+
+
+class SlideFile(Protocol):
+    """What predicting a slide takes, beside its tiling: its name, and where it is."""
+
+    @property
+    def slide_id(self) -> str:
+        """Unique."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+
+
+File = TypeVar("File", bound=SlideFile)
+
+
+@dataclass(frozen=True)
+class Output(Generic[File]):
+    """What the model says of a slide, while the other tile groups have taken others.
+
+    Attributes:
+        row: the slide.
+        logits: `[classes]`, equal on every rank of the tile group.
+        weights: `[N]`, of each of the slide's tiles, on the CPU.
+        fault: (slide_id, reason), where this rank could not read its tiles; logits and weights of the slide mean
+            nothing then, on any rank, and it is for the caller to tell the others.
+        speaks: whether this rank is the one to pass the results on.
+    """
+
+    row: File
+    logits: Tensor
+    weights: np.ndarray
+    fault: tuple[str, str] | None
+    speaks: bool
+
 
 class Prediction(NamedTuple):
-    """Of one slide: class probabilities `[classes]`, loss, and the weight of each of its N tiles `[N]`."""
+    """Of one slide: what `Objective.predict` says `[O]`, loss, and the weight of each of its N tiles `[N]`."""
 
     row: ManifestRow
-    probabilities: np.ndarray
+    output: np.ndarray
     loss: float
     weights: np.ndarray
 
@@ -38,24 +79,40 @@ class Evaluation:
 
     Attributes:
         loss: mean over slides; None without slides.
-        auroc: None when a class has no slide.
+        headline: name of the metric that tells the best epoch.
+        metrics: all of the supervision's (see `metrics.measure`), None where they are undefined, as the AUROC is when
+            a class has no slide; empty without slides.
     """
 
     predictions: list[Prediction]
     loss: float | None
-    auroc: float | None
+    headline: str
+    metrics: dict[str, float | None]
 
     @property
     def score(self) -> tuple[float, ...]:
-        """What "best" means, larger is better: the AUROC where there is one, and then the loss."""
+        """What "best" means, larger is better: the headline metric where there is one, and then the loss."""
         if self.loss is None:
             return ()
-        return (0.0 if self.auroc is None else self.auroc, -self.loss)
+        value = self.metrics[self.headline]
+        return (0.0 if value is None else value, -self.loss)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`[slides, T]`, as `ManifestRow.target` has them."""
+        return np.array([prediction.row.target for prediction in self.predictions])
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """`[slides, O]`."""
+        return np.stack([prediction.output for prediction in self.predictions])
 
     def __str__(self) -> str:
         if self.loss is None:
             return "(no slides)"
-        return f"loss {self.loss:.3f} AUROC {'undefined' if self.auroc is None else f'{self.auroc:.3f}'}"
+        value = self.metrics[self.headline]
+        name = SHOWN.get(self.headline, self.headline)
+        return f"loss {self.loss:.3f} {name} {'undefined' if value is None else f'{value:.3f}'}"
 
 
 def evaluate(
@@ -63,7 +120,7 @@ def evaluate(
     rows: list[ManifestRow],
     cohort: Cohort,
     reader: TileReader,
-    objective: CrossEntropy,
+    objective: Objective,
     mesh: Mesh,
     chunk: int,
     device: torch.device,
@@ -76,30 +133,15 @@ def evaluate(
     Raises:
         TrainingError: a loss is not finite; names the slide.
     """
-    model.eval()
-    rounds = [_Round(rows[at : at + mesh.slides], cohort, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
-    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
     predictions: dict[str, Prediction] = {}
-    for each in rounds:
-        features, fault = [], None
-        for _ in range(each.count):
-            reading = next(readings)
-            try:
-                tiles = reading.wait()
-            except SlideError as error:
-                # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped below.
-                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
-            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
-            features.append(encode(model, chunks).features)
-        cohort.exclude_faults(fault)
+    for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device):
+        cohort.exclude_faults(output.fault)
+        row, logits = output.row, output.logits
         with torch.no_grad():
-            logits, weights = model.aggregate(torch.cat(features), each.bag.places.to(device), mesh.tiles)
-            loss = objective(logits, each.row.label).item()
-        probabilities = objective.probabilities(logits).cpu().numpy()
-        mine = Prediction(each.row, probabilities, loss, mesh.tiles.gather_rows(weights).numpy())
-        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
-        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
-        for prediction in mesh.world.gather_objects(mine if speaks else None):
+            target = torch.tensor(row.target, dtype=torch.float64, device=logits.device)
+            loss = objective(logits, target).item()
+        mine = Prediction(row, objective.predict(logits).cpu().numpy(), loss, output.weights)
+        for prediction in mesh.world.gather_objects(mine if output.speaks else None):
             if prediction is None or prediction.row.slide_id in cohort.excluded:
                 continue
             slide_id = prediction.row.slide_id
@@ -108,20 +150,56 @@ def evaluate(
                     f"slide {slide_id}: the loss in validation is {prediction.loss}; the last checkpoint is kept"
                 )
             predictions[slide_id] = prediction
-    return _sum_up(list(predictions.values()))
+    return _sum_up(list(predictions.values()), cohort.manifest)
 
 
-class _Round:
+def run_model(
+    model: SlideModel,
+    rows: Sequence[File],
+    tilings: dict[str, Tiling],
+    reader: TileReader,
+    mesh: Mesh,
+    chunk: int,
+    device: torch.device,
+) -> Iterator[Output[File]]:
+    """Encode and aggregate whole slides, each tile group its own; every rank takes every output.
+
+    Args:
+        tilings: of every row, by its slide_id.
+        chunk: tiles that a rank encodes at once.
+    """
+    model.eval()
+    rounds = [_Round(rows[at : at + mesh.slides], tilings, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
+    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
+    for each in rounds:
+        features, fault = [], None
+        for _ in range(each.count):
+            reading = next(readings)
+            try:
+                tiles = reading.wait()
+            except SlideError as error:
+                # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
+                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
+            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
+            features.append(encode(model, chunks).features)
+        with torch.no_grad():
+            logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
+        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
+        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
+        yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+
+
+class _Round(Generic[File]):
     """Slides that the tile groups predict side by side; a group without one does as if it had the first."""
 
-    def __init__(self, rows: list[ManifestRow], cohort: Cohort, mesh: Mesh, chunk: int) -> None:
+    def __init__(self, rows: Sequence[File], tilings: dict[str, Tiling], mesh: Mesh, chunk: int) -> None:
         self.rows = rows
         self.row = rows[mesh.slide] if mesh.slide < len(rows) else rows[0]
-        tilings = cohort.tilings
         # Every rank of the world makes as many encoder calls as the fullest one.
         self.count = max(mesh.tiles.chunk_count(len(tilings[row.slide_id].coords), chunk) for row in rows)
-        self.bag = draw_bag(self.row, tilings[self.row.slide_id], "all", seed=0, epoch=0)
-        self._mine = self.bag.coords[mesh.tiles.share(self.bag.k)]
+        tiling = tilings[self.row.slide_id]
+        self.places = places(tiling.coords, tiling.side_px)
+        self._mine = tiling.coords[mesh.tiles.share(len(tiling.coords))]
         self._chunk = chunk
 
     def requests(self) -> Iterator[TileRequest]:
@@ -130,10 +208,10 @@ class _Round:
             yield TileRequest(self.row.path, self._mine[index * self._chunk : (index + 1) * self._chunk])
 
 
-def _sum_up(predictions: list[Prediction]) -> Evaluation:
+def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:
+    kind = manifest.supervision
     if not predictions:
-        return Evaluation([], None, None)
-    labels = np.array([prediction.row.label for prediction in predictions])
-    probabilities = np.stack([prediction.probabilities for prediction in predictions])
+        return Evaluation([], None, HEADLINES[kind], {})
     loss = float(np.mean([prediction.loss for prediction in predictions]))
-    return Evaluation(predictions, loss, auroc(labels, probabilities))
+    found = Evaluation(predictions, loss, HEADLINES[kind], {})
+    return replace(found, metrics=measure(kind, found.targets, found.outputs, manifest.classes))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import tyro
@@ -34,7 +35,7 @@ from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.foundation import find_foundation_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.objective import Objective, fit_objective, make_objective
 from slidescale.engine.parallel.mesh import (
     Mesh,
     check_launcher,
@@ -46,16 +47,23 @@ from slidescale.engine.parallel.mesh import (
 )
 from slidescale.engine.parallel.select import make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
-from slidescale.engine.run_folder import check_same_settings, find_run_folder, open_run_folder, record_run
+from slidescale.engine.run_folder import (
+    check_same_settings,
+    check_same_subject,
+    find_run_folder,
+    open_run_folder,
+    read_record,
+    record_run,
+)
 from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
-from slidescale.engine.trainer import BEST, Trainer
+from slidescale.engine.trainer import Trainer, best_names
 from slidescale.kernels.dispatch import KernelName, choose_kernels
 
 log = logging.getLogger(__name__)
 
 # The launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike.
-GRACE_S = 3.0
+GRACE_S = 10.0
 
 
 def main(
@@ -85,11 +93,16 @@ def main(
         run(config)
         stop_world()
     except UserError as error:
-        # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
-        # still there after that has found it alone: a full disk, a machine without the manifest.
-        if not is_main_rank():
-            time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
-        sys.exit(f"error: {error}")
+        exit_telling(error)
+
+
+def exit_telling(error: UserError) -> NoReturn:
+    """End this process with an error of the input, which is told once over all ranks."""
+    # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
+    # still there after that has found it alone: a full disk, a machine without the manifest.
+    if not is_main_rank():
+        time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
+    sys.exit(f"error: {error}")
 
 
 def run(config: Config) -> Path:
@@ -115,9 +128,7 @@ def run(config: Config) -> Path:
         mesh = make_mesh(device, config.parallel.tile_ranks)
         _check_alike(config, mesh)
     manifest = manifest or _demo_manifest(config, mesh)
-    weights, classes = config.optim.class_weights, manifest.classes
-    if weights and len(weights) != len(classes):
-        raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(classes)} classes: {classes}")
+    objective = _fit_objective(config, manifest)
     if device.type == "cpu":
         # What is resident keeps to a budget, or else what was used once is used again, which is faster.
         has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
@@ -126,11 +137,14 @@ def run(config: Config) -> Path:
         kernels = choose_kernels(config.run.kernels, device)
     except ValueError as error:
         raise ConfigError(f"--run.kernels: {error}") from None
-    make = partial(make_model, classes=len(classes), bf16=bf16, kernels=kernels)
+    make = partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels)
     model = make(config).to(device)
     _describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, mesh) if config.model.frozen else None
-    folder = _find_or_open_run_folder(config, mesh, frozen_encoder)
+    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, mesh)
+    if config.resume:
+        objective = _resumed_objective(folder, mesh) or objective
+    objective = objective.to(device)
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, mesh.world.size, device.type,
         config.run.out,
@@ -180,8 +194,7 @@ def run(config: Config) -> Path:
     if config.resume:
         progress = _resume(checkpoints, strategy, cohort, slides_a_step)
     if mesh.world.rank == 0:
-        record_run(folder, config, ds_config, classes, frozen_encoder)
-    objective = CrossEntropy(weights, len(classes)).to(device)
+        record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
     offload = make_offload(config, folder, mesh, device)
     train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
     feed = Feed(config, cohort, reader, mesh, plan)
@@ -190,7 +203,9 @@ def run(config: Config) -> Path:
         folder, main=mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
         step=progress.step,
     )  # fmt: skip
-    run_log.hyperparameters(config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), BEST)
+    run_log.hyperparameters(
+        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(data.supervision)
+    )
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
         run_log.finished()
@@ -199,7 +214,7 @@ def run(config: Config) -> Path:
         run_log.close()
         if offload:
             offload.close()
-    log.info("results in %s: predictions.csv, heatmaps/, checkpoints/best", folder)
+    log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
 
 
@@ -319,9 +334,41 @@ def _describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
         )
 
 
+def _fit_objective(config: Config, manifest: Manifest) -> Objective:
+    weights, names = config.optim.class_weights, manifest.classes
+    if weights:
+        if manifest.supervision not in ("classes", "multi_label"):
+            raise ConfigError(
+                f"--optim.class-weights is {weights}: is for --data.supervision classes and multi_label, and that is "
+                f"{manifest.supervision}"
+            )
+        if len(weights) != len(names):
+            what = "classes" if manifest.supervision == "classes" else "labels"
+            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
+    return fit_objective(
+        manifest.supervision,
+        len(names),
+        [row.target for row in manifest.split("train")],
+        class_weights=weights,
+        survival_bins=config.data.survival_bins,
+    )
+
+
+def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
+    """The objective that the run was begun with, whose scale or bins the manifest may no longer give.
+
+    None for a run that was begun before it was recorded; such a run has classes, and needs only its settings.
+    """
+    record = read_record(folder).get("objective") if mesh.world.rank == 0 else None
+    record = mesh.world.gather_objects(record)[0]
+    return make_objective(record) if record else None
+
+
 def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     """The demo cohort's, drawn by the main rank where it is missing."""
     data = config.data
+    if data.supervision != "classes":
+        raise ConfigError(f"--data.supervision {data.supervision} needs --data.manifest: the demo cohort has classes")
     if len(data.classes) != 2:
         raise ConfigError(f"--data.classes: the demo cohort has two, not {len(data.classes)}")
     folder = config.run.out / f"demo_cohort_{data.demo_slides}"
@@ -337,14 +384,15 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, mesh: Mesh, frozen_encoder: str | None) -> Path:
+def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_encoder: str | None, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
     answer: Path | UserError | None = None
     if mesh.world.rank == 0:
         try:
             if config.resume:
                 answer = find_run_folder(config.run.out, config.run.name)
-                check_same_settings(answer, config, frozen_encoder)
+                check_same_settings(answer, config)
+                check_same_subject(answer, classes, frozen_encoder)
             else:
                 answer = open_run_folder(config.run.out, config.run.name)
         except UserError as error:

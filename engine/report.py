@@ -1,6 +1,9 @@
-"""What an evaluation leaves behind: a table of predictions, and pictures of where the model looked."""
+"""What an evaluation leaves behind: predictions, metrics and their figures, and pictures of where the model looked."""
 
+import json
 import logging
+import math
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -10,10 +13,14 @@ from PIL import Image
 
 from slidescale.engine.config import DataConfig
 from slidescale.engine.data.cohort import Cohort, write_csv
+from slidescale.engine.data.manifest import Manifest
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
+from slidescale.engine.figures import draw
+from slidescale.engine.metrics import Report, report
+from slidescale.engine.objective import SupervisionName
 
 log = logging.getLogger(__name__)
 
@@ -22,33 +29,102 @@ LARGEST_FOLD = 8.0
 OPACITY = 0.55
 
 
-def write_predictions(path: Path, evaluation: Evaluation, classes: tuple[str, ...]) -> None:
-    """Write slide_id, label, probability (of the second of two classes, or of each of more), k (tiles used)."""
-    if len(classes) == 2:
-        columns, first = ["probability"], 1
-    else:
-        columns, first = [f"probability_{name}" for name in classes], 0
+def write_metrics(path: Path, evaluation: Evaluation, manifest: Manifest) -> Report:
+    """Write the metrics, with 95% intervals over patients, as JSON."""
+    cases = [prediction.row.case_id for prediction in evaluation.predictions]
+    found = report(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
+    path.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def draw_figures(folder: Path, evaluation: Evaluation, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Draw what `figures.draw` can of the predictions, as PNG into a folder of their own, and return the pictures."""
+    pictures = draw(manifest.supervision, evaluation.targets, evaluation.outputs, manifest.classes)
+    for old in folder.glob("*.png"):  # one that is not defined any more must not stay beside newer ones
+        old.unlink()
+    for name, picture in pictures.items():
+        save_png(picture, folder / f"{name}.png")
+    return pictures
+
+
+def write_predictions(path: Path, evaluation: Evaluation, manifest: Manifest) -> None:
+    """Write slide_id, case_id, the target, what is predicted (see `output_columns`), and k (tiles used).
+
+    The target's columns: label; label_<name> of each label, empty where it is missing; target; or time and event.
+    """
+    kind, names = manifest.supervision, manifest.classes
+    target_columns = {
+        "classes": ["label"], "multi_label": [f"label_{name}" for name in names], "regression": ["target"],
+        "survival": ["time", "event"],
+    }[kind]  # fmt: skip
     rows = [
-        (row.slide_id, classes[row.label], *(f"{value:.6f}" for value in probabilities[first:]), len(weights))
-        for row, probabilities, _, weights in evaluation.predictions
-    ]
-    write_csv(path, ("slide_id", "label", *columns, "k"), rows)
+        (
+            row.slide_id, row.case_id, *_target_cells(kind, names, row.target), *output_cells(kind, names, output),
+            len(weights),
+        )
+        for row, output, _, weights in evaluation.predictions
+    ]  # fmt: skip
+    write_csv(path, ("slide_id", "case_id", *target_columns, *output_columns(kind, names), "k"), rows)
+
+
+def output_columns(supervision: SupervisionName, names: Sequence[str]) -> list[str]:
+    """The columns of a prediction, beside the slide's own.
+
+    probability, of the second of two classes, or probability_<name> of each of more; probability_<name> of each label;
+    prediction, in the manifest's unit; or risk, larger for an earlier event.
+
+    Args:
+        names: as `Manifest.classes`.
+    """
+    match supervision:
+        case "classes" if len(names) == 2:
+            return ["probability"]
+        case "classes" | "multi_label":
+            return [f"probability_{name}" for name in names]
+        case "regression":
+            return ["prediction"]
+        case "survival":
+            return ["risk"]
+
+
+def output_cells(supervision: SupervisionName, names: Sequence[str], output: np.ndarray) -> list[str]:
+    """The cells of `output_columns`, of a slide's `Prediction.output`."""
+    if supervision == "classes" and len(names) == 2:
+        output = output[1:]
+    digits = ".6f" if supervision in ("classes", "multi_label") else ".7g"
+    return [format(value, digits) for value in output.tolist()]
+
+
+def _target_cells(supervision: SupervisionName, names: Sequence[str], target: tuple[float, ...]) -> list[str]:
+    match supervision:
+        case "classes":
+            return [names[int(target[0])]]
+        case "multi_label":
+            return ["" if math.isnan(value) else f"{value:.0f}" for value in target]
+        case "regression":
+            return [repr(target[0])]
+        case "survival":
+            return [repr(target[0]), f"{target[1]:.0f}"]
 
 
 def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *, count: int) -> dict[str, np.ndarray]:
-    """Attention over a few slides, classes in turn: uint8 pictures by "<slide id>_<label>"."""
-    classes = cohort.manifest.classes
-    by_class = [[p for p in evaluation.predictions if p.row.label == label] for label in range(len(classes))]
-    in_turn = [prediction for turn in zip_longest(*by_class) for prediction in turn if prediction is not None]
+    """Attention over a few slides: uint8 pictures by "<slide id>_<label>", classes in turn, or else by "<slide id>"."""
+    manifest, chosen = cohort.manifest, evaluation.predictions
+    if manifest.supervision == "classes":
+        by_class = [[p for p in chosen if p.row.target == (index,)] for index in range(len(manifest.classes))]
+        chosen = [prediction for turn in zip_longest(*by_class) for prediction in turn if prediction is not None]
     pictures = {}
-    for row, _, _, weights in in_turn[:count]:
+    for row, _, _, weights in chosen[:count]:
         try:
             with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
         except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
             log.warning("no heatmap: %s", error)
             continue
-        pictures[f"{row.slide_id}_{classes[row.label]}"] = picture
+        name = row.slide_id
+        if manifest.supervision == "classes":
+            name += f"_{manifest.classes[int(row.target[0])]}"
+        pictures[name] = picture
     return pictures
 
 
@@ -64,14 +140,20 @@ def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_
     """
     plain = slide.overview(max_px)
     scale = plain.shape[1] / slide.width
-    fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
-    colours = colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255
+    colours = attention_colours(weights)
     overlay = plain.astype(np.float32)
-    side = tiling.side_px * scale
-    for (x, y), colour in zip(tiling.coords * scale, colours, strict=True):
-        region = (slice(round(y), round(y + side)), slice(round(x), round(x + side)))
+    # Neighbours share an edge, so that none is coloured twice, or not at all.
+    begin, end = (np.rint((tiling.cells + step) * tiling.side_px * scale).astype(int) for step in (0, 1))
+    for (x0, y0), (x1, y1), colour in zip(begin, end, colours, strict=True):
+        region = (slice(y0, y1), slice(x0, x1))
         overlay[region] = (1 - OPACITY) * overlay[region] + OPACITY * colour
     return np.concatenate([plain, np.rint(overlay).astype(np.uint8)], axis=1)
+
+
+def attention_colours(weights: np.ndarray) -> np.ndarray:
+    """Float `[N, 3]`, 0 to 255: from blue (an eighth of the mean weight or less) over grey to red (8-fold or more)."""
+    fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
+    return colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
 from slidescale.engine.errors import UserError
+from slidescale.engine.objective import Objective
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
@@ -46,19 +47,15 @@ def find_run_folder(out: Path, name: str) -> Path:
     raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
 
 
-def check_same_settings(folder: Path, config: Config, frozen_encoder: str | None) -> None:
-    """Refuse to resume a run with settings that would make it another run.
-
-    Args:
-        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Refuse to go on with a run under settings that would make it another run.
 
     Raises:
         UserError: lists what differs, with both values.
     """
     # A run begun before a setting was there had what is now its default.
     recorded = Config(run=RunConfig(name="any")).flat()
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    recorded |= flatten(record["config"])
+    recorded |= flatten(read_record(folder)["config"])
     different = [
         f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
@@ -66,11 +63,33 @@ def check_same_settings(folder: Path, config: Config, frozen_encoder: str | None
     ]
     if different:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
+
+
+def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: str | None) -> None:
+    """Refuse to resume a run with another manifest's classes, or another frozen encoder.
+
+    Args:
+        classes: of the manifest.
+        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
+
+    Raises:
+        UserError: says which of them differs.
+    """
+    record = read_record(folder)
+    if (before := tuple(record["classes"])) != classes:
+        raise UserError(
+            f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
+        )
     if frozen_encoder != record.get("frozen_encoder"):
         raise UserError(
             f"--resume: {folder} was begun with other weights of the frozen encoder than --model.weights or "
             "--model.pretrained gives now: bring those back"
         )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `record_run` wrote."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _numbered(out: Path, name: str) -> Iterator[Path]:
@@ -84,9 +103,10 @@ def record_run(
     config: Config,
     ds_config: dict[str, Any] | None,
     classes: tuple[str, ...],
+    objective: Objective,
     frozen_encoder: str | None = None,
 ) -> None:
-    """Write config.json: all settings, ds.json as completed, the commit and the versions.
+    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions.
 
     Args:
         frozen_encoder: fingerprint of the encoder, if it is frozen: whoever predicts with the run's aggregator builds
@@ -96,6 +116,7 @@ def record_run(
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
+        "objective": objective.record(),
         "frozen_encoder": frozen_encoder,
         "commit": git_commit(),
         "python": platform.python_version(),

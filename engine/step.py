@@ -13,7 +13,7 @@ from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.offload import Offload
 from slidescale.engine.memory.two_pass import Chunks, Saving, backpropagate, encode, inject_zeros
 from slidescale.engine.models.dropout import Draw, drawing_for
-from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.objective import Objective
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.stopwatch import Stopwatch
@@ -55,7 +55,7 @@ class TrainStep:
     def __init__(
         self,
         strategy: Strategy,
-        objective: CrossEntropy,
+        objective: Objective,
         mesh: Mesh,
         *,
         chunk: int,
@@ -113,7 +113,8 @@ class TrainStep:
             lap("pass 1")
             with drawing_for(Draw(bag.seed, offset, len(tiles))):
                 logits, weights = model.aggregate(encoded.features, bag.places.to(strategy.device), group)
-            loss = self.objective(logits, bag.row.label)
+            target = torch.tensor(bag.row.target, dtype=torch.float64, device=logits.device)
+            loss = self.objective(logits, target)
             losses = self._check_losses(share, loss.item())
             if share.weight:
                 entropies += _entropy(weights, bag.k)

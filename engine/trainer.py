@@ -15,15 +15,16 @@ from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
+from slidescale.engine.history import add_epoch
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
-from slidescale.engine.report import draw_heatmaps, save_png, write_predictions
+from slidescale.engine.metrics import HEADLINES, describe
+from slidescale.engine.objective import SupervisionName
+from slidescale.engine.report import draw_figures, draw_heatmaps, save_png, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
 
-# What runs are compared by: of a run's best epoch.
-BEST = ("best/val_loss", "best/val_auroc")
 _NORM_NAMES = {
     "total": "train/gradient_norm",
     "aggregator": "train/gradient_norm_aggregator",
@@ -36,9 +37,15 @@ class EpochTotals:
     """Sums over an epoch's steps."""
 
     losses: list[float]
+    slides: int = 0
     tiles: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
+
+
+def best_names(supervision: SupervisionName) -> tuple[str, str]:
+    """What runs are compared by: the scalars of a run's best epoch, its loss and its headline metric."""
+    return "best/val_loss", f"best/val_{HEADLINES[supervision]}"
 
 
 class Trainer:
@@ -86,14 +93,14 @@ class Trainer:
             result = self.evaluate("val")
             if improved := result.score >= best_score:
                 best_score = result.score
-                self.checkpoints.mark_best(replace(progress, best_score=best_score))
+                self.checkpoints.mark_best(self.strategy, replace(progress, best_score=best_score))
             self._report(epoch, step, totals, result, improved=improved)
         if self.cohort.usable("test"):
             self.checkpoints.load(self.strategy, "best")
             result = self.evaluate("test")
             log.info("test, best epoch: %s", result)
             if self.mesh.world.rank == 0:
-                write_predictions(self.folder / "predictions_test.csv", result, self.cohort.manifest.classes)
+                self._write_results(result, "_test", step)
 
     def evaluate(self, split: Split) -> Evaluation:
         """Predict the slides of a split from all their tissue tiles."""
@@ -113,6 +120,7 @@ class Trainer:
             result = self.train_step(batch)
             end = time.perf_counter()
             totals.losses.append(result.loss)
+            totals.slides += len(batch.rows)
             totals.tiles += batch.k
             totals.seconds += end - begin
             totals.waiting += batch.waited_s
@@ -145,21 +153,45 @@ class Trainer:
         self.run_log.scalars({"speed/planned_peak_gib": self.planned_peak_gib}, step)
         if result.loss is not None:
             self.run_log.scalars({"epoch/val_loss": result.loss}, step)
-        if result.auroc is not None:
-            self.run_log.scalars({"epoch/val_auroc": result.auroc}, step)
-        if improved:
-            best = zip(BEST, (result.loss, result.auroc), strict=True)
-            self.run_log.scalars({name: value for name, value in best if value is not None}, step)
+            metrics = {name: value for name, value in result.metrics.items() if value is not None}
+            self.run_log.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+            if result.headline in metrics:
+                self.run_log.scalars({f"epoch/val_{result.headline}": metrics[result.headline]}, step)
+            if improved:
+                best = zip(
+                    best_names(self.config.data.supervision), (result.loss, metrics.get(result.headline)), strict=True
+                )
+                self.run_log.scalars({name: value for name, value in best if value is not None}, step)
         log.info(
             "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
             epoch + 1, self.config.run.epochs, train_loss, result, " best" if improved else "     ",
             totals.tiles / seconds, 100 * totals.waiting / seconds, peak,
             self.planned_peak_gib,
         )  # fmt: skip
+        if self.mesh.world.rank == 0:
+            values = {
+                "step": step, "train_loss": train_loss, "val_loss": result.loss,
+                **{f"val_{name}": value for name, value in result.metrics.items() if "/" not in name},
+                "tiles_a_slide": totals.tiles / max(totals.slides, 1), "tiles_per_s": totals.tiles / seconds,
+                "seconds": totals.seconds, "peak_gib": peak,
+            }  # fmt: skip
+            add_epoch(self.folder, epoch + 1, values)
         if improved and self.mesh.world.rank == 0:
-            write_predictions(self.folder / "predictions.csv", result, self.cohort.manifest.classes)
+            self._write_results(result, "", step)
             pictures = draw_heatmaps(result, self.cohort, self.config.data, count=self.config.run.heatmaps)
             for name, picture in pictures.items():
                 save_png(picture, self.folder / "heatmaps" / f"{name}.png")
                 self.run_log.image(f"attention/{name}", picture, step)
         self.run_log.flush()
+
+    def _write_results(self, result: Evaluation, suffix: str, step: int) -> None:
+        """Predictions, metrics and figures of a split, by the main rank; intervals take too long for every epoch."""
+        manifest = self.cohort.manifest
+        write_predictions(self.folder / f"predictions{suffix}.csv", result, manifest)
+        if not result.predictions:
+            return
+        found = write_metrics(self.folder / f"metrics{suffix}.json", result, manifest)
+        if suffix:
+            log.info("%s", describe(found))
+        for name, picture in draw_figures(self.folder / f"figures{suffix}", result, manifest).items():
+            self.run_log.image(f"figures{suffix}/{name}", picture, step)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slidescale.engine import main
 from slidescale.engine.data.synthetic import write_demo_cohort
 
 from worlds import World
@@ -49,6 +50,14 @@ def world() -> Iterator[Callable[..., World]]:
 def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifest of a demo cohort of 12 slides; not to be changed."""
     return write_demo_cohort(tmp_path_factory.mktemp("demo"), slides=12)
+
+
+@pytest.fixture(scope="session")
+def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an fp32 run of two epochs on the demo cohort; not to be changed."""
+    from test_training import make_config
+
+    return main.run(make_config(demo_manifest, tmp_path_factory.mktemp("trained")))
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,7 @@ def make_config(case: Case) -> Config:
 def make_cohort(mesh: Mesh) -> Cohort:
     """A slide for each bag size, its tiles scattered over a plane."""
     rows = [
-        ManifestRow(f"slide-{index}", f"case-{index}", Path(str(index)), index % 2, "train")
+        ManifestRow(f"slide-{index}", f"case-{index}", Path(str(index)), (float(index % 2),), "train")
         for index in range(len(BAG_SIZES))
     ]
     cohort = Cohort(Manifest(tuple(rows), ("a", "b")), mesh.world, max_excluded=1, excluded_csv=EXCLUDED)
@@ -249,7 +249,7 @@ def _plain_autograd(
             with drawing_for(Draw(bag.seed, 0, bag.k)), by_definition():
                 features = model.encode(all_tiles(row.path).to(device()))
                 logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
-            loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label], device=device()))
+            loss = nn.functional.cross_entropy(logits[None], torch.tensor([int(row.target[0])], device=device()))
             (steepness * loss / len(step_rows)).backward()
         stepper.step()
         stepper.zero_grad()
@@ -476,8 +476,8 @@ def reduced_at_each_backward() -> Any:
 def scaled_by_the_world() -> Any:
     """Each rank's loss is divided by their number, though the reducer takes the mean already."""
 
-    def cross_entropy(original: Callable, self: CrossEntropy, logits: Tensor, label: int) -> Tensor:
-        return original(self, logits, label) / dist.get_world_size()
+    def cross_entropy(original: Callable, self: CrossEntropy, logits: Tensor, target: Tensor) -> Tensor:
+        return original(self, logits, target) / dist.get_world_size()
 
     return patched(CrossEntropy, "forward", cross_entropy)
 
@@ -499,8 +499,8 @@ def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, floa
     strategy = make_strategy(case, model, mesh)
     before = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
-    def broken(original: Callable, self: CrossEntropy, logits: Tensor, label: int) -> Tensor:
-        loss = original(self, logits, label)
+    def broken(original: Callable, self: CrossEntropy, logits: Tensor, target: Tensor) -> Tensor:
+        loss = original(self, logits, target)
         if what == "loss":
             return loss * torch.nan
         loss.register_hook(lambda gradient: gradient * torch.inf)

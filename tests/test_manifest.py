@@ -23,7 +23,7 @@ def test_good_manifest(tmp_path: Path) -> None:
     text = HEADER + "a,p1,a.svs,wt,train\nb,p2,b.svs,mut,train\n c ,p3,c.svs,mut,val\n"
     manifest = read_manifest(write(tmp_path, text), DataConfig(classes=("wt", "mut")))
     assert manifest.classes == ("wt", "mut")
-    assert [row.label for row in manifest.rows] == [0, 1, 1]
+    assert [row.target for row in manifest.rows] == [(0.0,), (1.0,), (1.0,)]
     assert [row.slide_id for row in manifest.split("val")] == ["c"], "cells are stripped"
     assert manifest.rows[0].path == tmp_path / "a.svs", "paths are relative to the manifest"
 

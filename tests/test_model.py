@@ -129,6 +129,7 @@ def test_autocast_keeps_the_sum_over_tiles_in_fp32() -> None:
 def test_class_weights_weigh() -> None:
     """PyTorch's own weights cancel in the mean over a batch of one."""
     logits = torch.tensor([0.3, -0.2, 0.1])
-    plain = CrossEntropy((), 3)(logits, 2)
+    target = torch.tensor([2.0], dtype=torch.float64)
+    plain = CrossEntropy((), 3)(logits, target)
     torch.testing.assert_close(plain, -logits.log_softmax(0)[2])
-    torch.testing.assert_close(CrossEntropy((1.0, 1.0, 0.7), 3)(logits, 2), 0.7 * plain)
+    torch.testing.assert_close(CrossEntropy((1.0, 1.0, 0.7), 3)(logits, target), 0.7 * plain)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from test_launch import PATIENCE_S, ROOT, SMALL, environment, losses
 
 BIN = Path(sys.executable).parent

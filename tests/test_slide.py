@@ -16,7 +16,7 @@ from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling, tile_
 from slidescale.engine.errors import SlideError
 
 SPEC = TileSpec(tile_px=224, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
-ROW = ManifestRow("s", "c", Path("s.svs"), 0, "train")
+ROW = ManifestRow("s", "c", Path("s.svs"), (0.0,), "train")
 
 
 def write_tiff(path: Path, image: np.ndarray, mpp_um: float | None) -> Path:
@@ -145,7 +145,7 @@ def test_bag_is_drawn_without_repeats() -> None:
 
 
 def test_epoch_order() -> None:
-    rows = [ManifestRow(str(i), str(i), Path("s"), 0, "train") for i in range(20)]
+    rows = [ManifestRow(str(i), str(i), Path("s"), (0.0,), "train") for i in range(20)]
     first = epoch_order(rows, seed=0, epoch=0)
     assert sorted(map(id, first)) == sorted(map(id, rows))
     assert first == epoch_order(rows, seed=0, epoch=0) != epoch_order(rows, seed=0, epoch=1)

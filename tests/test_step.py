@@ -47,7 +47,7 @@ def by_definition(case: Case, slides_a_step: int) -> list[dict[str, float]]:
         for row in step_rows:
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
             logits, weights = model.aggregate(model.encode(all_tiles(row.path)), bag.places, TileGroup())
-            loss = nn.functional.cross_entropy(logits[None], torch.tensor([row.label]))
+            loss = nn.functional.cross_entropy(logits[None], torch.tensor([int(row.target[0])]))
             (loss / len(step_rows)).backward()
             entropies.append(-sum(w * math.log(w) for w in weights.tolist() if w > 0))
             shares.append(entropies[-1] / math.log(bag.k) if bag.k > 1 else 1.0)

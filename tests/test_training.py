@@ -59,7 +59,15 @@ def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
     tags = set(board.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "train/gradient_norm", "epoch/train_loss", "epoch/val_loss"} <= tags
     assert {"epoch/val_auroc", "speed/tiles_per_s", "speed/data_wait_share", "speed/peak_gib"} <= tags
-    assert len(board.Tags()["images"]) == 2
+    assert {"val/auroc", "val/balanced_accuracy"} <= tags
+    images = board.Tags()["images"]
+    assert sum(name.startswith("attention/") for name in images) == 2
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert figures == {name.removeprefix("figures/") for name in images if name.startswith("figures/")}
+    assert {"roc", "confusion"} <= figures
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["headline"]["metric"] == "auroc"
+    assert set(metrics["values"]["auroc"]) == {"value", "low", "high"}
     assert not (folder / "excluded.csv").exists()
 
 
@@ -155,8 +163,8 @@ def test_not_finite(demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.Mon
     calls = {"n": 0}
     steps_an_epoch = sum(row["split"] == "train" for row in read_csv(demo_manifest))
 
-    def forward(self: CrossEntropy, logits: torch.Tensor, label: int) -> torch.Tensor:
-        loss = original(self, logits, label)
+    def forward(self: CrossEntropy, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = original(self, logits, target)
         if not torch.is_grad_enabled():
             return loss
         calls["n"] += 1
@@ -194,6 +202,8 @@ def test_test_split_is_predicted_by_the_best_epoch(cohort_copy: Path, tmp_path: 
     tested = [row["slide_id"] for row in read_csv(cohort_copy) if row["split"] == "test"]
     assert tested
     assert [row["slide_id"] for row in read_csv(folder / "predictions_test.csv")] == tested
+    assert json.loads((folder / "metrics_test.json").read_text())["headline"]["metric"] == "auroc"
+    assert list((folder / "figures_test").glob("*.png"))
 
 
 def test_three_classes(cohort_copy: Path, tmp_path: Path) -> None:

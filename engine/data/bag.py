@@ -35,7 +35,12 @@ class Bag:
     @property
     def places(self) -> Tensor:
         """fp32 `[K, 2]`, where each tile lies on the slide, counted in tiles."""
-        return torch.from_numpy(self.coords / self.side_px).to(torch.float32)
+        return places(self.coords, self.side_px)
+
+
+def places(coords: np.ndarray, side_px: float) -> Tensor:
+    """Level-0 (x, y) of tiles, int64 `[K, 2]`, counted in tiles: fp32 `[K, 2]`."""
+    return torch.from_numpy(coords / side_px).to(torch.float32)
 
 
 def bag_size(tiling: Tiling, k: int | Literal["all"]) -> int:

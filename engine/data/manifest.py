@@ -1,15 +1,14 @@
 """The manifest: which slides there are, what they are labelled, and how they are split."""
 
 import csv
-import difflib
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from slidescale.engine.config import DataConfig
+from slidescale.engine.data.targets import Problem, Record, near, read_targets
 from slidescale.engine.errors import ManifestError
+from slidescale.engine.objective import SupervisionName
 
 Split = Literal["train", "val", "test"]
 
@@ -19,13 +18,15 @@ class ManifestRow:
     """One slide.
 
     Attributes:
-        label: index into the manifest's classes.
+        target: what a model is to predict of it. classes: (index into the manifest's classes,); multi_label: 1.0, 0.0
+            or NaN (missing) for each label; regression: (number,); survival: (time, event), with event 1.0 when it was
+            observed, and 0.0 when the patient was last seen without it.
     """
 
     slide_id: str
     case_id: str
     path: Path
-    label: int
+    target: tuple[float, ...]
     split: Split
 
 
@@ -34,11 +35,13 @@ class Manifest:
     """All slides of a study, checked.
 
     Attributes:
-        classes: labels in the order of the logits.
+        classes: names of what is predicted: of the classes, in the order of the logits, or of the labels; the label
+            column's for regression, and "risk" for survival.
     """
 
     rows: tuple[ManifestRow, ...]
     classes: tuple[str, ...]
+    supervision: SupervisionName = "classes"
 
     def split(self, name: Split) -> list[ManifestRow]:
         """The rows of one split, in the manifest's order."""
@@ -54,9 +57,9 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
     records = _read_records(path, config)
     problems = [*_missing_cells(records, config), *_repeated_slides(records, config), *_mixed_cases(records, config)]
     problems += _bad_splits(records, config)
-    classes, label_problems = _classes(records, config)
-    problems += label_problems
-    rows: list[tuple[dict[str, str], Path]] = []
+    targets = read_targets(records, config)
+    problems += targets.problems
+    rows: list[tuple[int, dict[str, str], Path]] = []
     first: dict[str, int] = {}
     for number, record in records:
         name = record[config.path_column]
@@ -65,7 +68,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
             problems.append((number, f"file {name} already stands in row {first[name]}"))
         if record[config.path_column] and not file.is_file():
             problems.append((number, f"no file {file}"))
-        rows.append((record, file))
+        rows.append((number, record, file))
     if problems:
         lines = "\n".join(f"  row {number}: {text}" if number else f"  {text}" for number, text in sorted(problems))
         raise ManifestError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
@@ -75,17 +78,14 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
                 slide_id=record[config.slide_column],
                 case_id=record[config.case_column],
                 path=file,
-                label=classes.index(record[config.label_column]),
+                target=targets.values[number],
                 split=record[config.split_column],  # type: ignore[arg-type]  # checked by _bad_splits
             )
-            for record, file in rows
+            for number, record, file in rows
         ),
-        classes=classes,
+        classes=targets.names,
+        supervision=config.supervision,
     )
-
-
-Record = tuple[int, dict[str, str]]
-Problem = tuple[int, str]
 
 
 def _read_records(path: Path, config: DataConfig) -> list[Record]:
@@ -106,8 +106,8 @@ def _read_records(path: Path, config: DataConfig) -> list[Record]:
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     missing = [
-        f"no column {name!r} (--data.{option.replace('_', '-')})" + _near(name, found)
-        for option, name in _columns(config).items()
+        f"no column {name!r} (--data.{option.replace('_', '-')})" + near(name, found)
+        for option, name in [*_full_columns(config), *(("label_columns", name) for name in config.label_columns)]
         if name not in found
     ]
     if missing:
@@ -117,18 +117,18 @@ def _read_records(path: Path, config: DataConfig) -> list[Record]:
     return records
 
 
-def _columns(config: DataConfig) -> dict[str, str]:
-    names = ("slide_column", "case_column", "path_column", "label_column", "split_column")
-    return {name: getattr(config, name) for name in names}
-
-
-def _near(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+def _full_columns(config: DataConfig) -> list[tuple[str, str]]:
+    """The columns, with the settings that name them, of which no cell may be empty; multi_label's labels may."""
+    names = ["slide_column", "case_column", "path_column", "split_column"]
+    if config.supervision != "multi_label":
+        names.append("label_column")
+    if config.supervision == "survival":
+        names.append("event_column")
+    return [(name, getattr(config, name)) for name in names]
 
 
 def _missing_cells(records: list[Record], config: DataConfig) -> list[Problem]:
-    return [(n, f"{name} is empty") for n, row in records for name in _columns(config).values() if not row[name]]
+    return [(n, f"{name} is empty") for n, row in records for _, name in _full_columns(config) if not row[name]]
 
 
 def _repeated_slides(records: list[Record], config: DataConfig) -> list[Problem]:
@@ -159,29 +159,10 @@ def _bad_splits(records: list[Record], config: DataConfig) -> list[Problem]:
     splits = get_args(Split)
     cells = [(number, record[config.split_column]) for number, record in records]
     problems = [
-        (number, f"unknown split {cell!r}; use {', '.join(splits)}" + _near(cell, splits))
+        (number, f"unknown split {cell!r}; use {', '.join(splits)}" + near(cell, splits))
         for number, cell in cells
         if cell and cell not in splits
     ]
     if all(cell != "train" for _, cell in cells):
         problems.append((0, "no row is in split 'train'"))
     return problems
-
-
-def _classes(records: list[Record], config: DataConfig) -> tuple[tuple[str, ...], list[Problem]]:
-    """The classes, and the rows whose label is none of them."""
-    labels = [(number, record[config.label_column], record[config.split_column]) for number, record in records]
-    in_train = Counter(label for _, label, split in labels if split == "train" and label)
-    classes = config.classes or tuple(sorted(in_train))
-    source = "data.classes" if config.classes else "the labels of the train split"
-    problems: list[Problem] = [
-        (number, f"label {label!r} is not among {source}: {', '.join(classes)}" + _near(label, classes))
-        for number, label, _ in labels
-        if label and label not in classes
-    ]
-    absent = [name for name in classes if name not in in_train]
-    if absent and in_train:
-        problems.append((0, f"no train slide has label {', '.join(map(repr, absent))}"))
-    if len(classes) < 2 and in_train:
-        problems.append((0, f"all train slides have one label, {classes[0]!r}; there is nothing to tell apart"))
-    return classes, problems

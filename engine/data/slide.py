@@ -124,7 +124,10 @@ def _resolution(file: openslide.OpenSlide, default_mpp_um: float | None) -> floa
     known = [float(value) for value in stated if value is not None]
     if not known:
         if default_mpp_um is None:
-            raise SlideError("states no resolution (openslide.mpp-x); give it with --data.default-mpp-um")
+            raise SlideError(
+                "states no resolution (openslide.mpp-x); give it with --data.default-mpp-um (of a recipe) or "
+                "--default-mpp-um (of slidescale predict)"
+            )
         return default_mpp_um
     if min(known) <= 0 or max(known) > min(known) * (1 + RESOLUTION_TOLERANCE):
         raise SlideError(f"states an impossible resolution: {' × '.join(map(str, known))} µm/px")

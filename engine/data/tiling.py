@@ -45,6 +45,11 @@ class Tiling:
     coords: np.ndarray
     side_px: float
 
+    @property
+    def cells(self) -> np.ndarray:
+        """int64 `[N, 2]`, (column, row) of each tile in the slide's grid."""
+        return np.rint(self.coords / self.side_px).astype(np.int64)
+
 
 def tile_slide(slide: Slide, spec: TileSpec) -> Tiling:
     """Find the tissue of a slide and lay the grid.

@@ -70,10 +70,10 @@ class Encoder(nn.Module):
         self.backbone: nn.Module = backbone
         # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
         self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
-        self._prefix_tokens = None
+        self.prefix_tokens = None
         if known:
             self.dim = known[1].dim
-            self._prefix_tokens = backbone.num_prefix_tokens if known[1].concatenates else None
+            self.prefix_tokens = backbone.num_prefix_tokens if known[1].concatenates else None
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.prepare = TilePrep(
             data_config["mean"], data_config["std"], augment_symmetry=augment_symmetry, stain_jitter=stain_jitter,
@@ -89,8 +89,8 @@ class Encoder(nn.Module):
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 `[n, H, W, 3]` to features `[n, D]`."""
         features = self.backbone(self.prepare(tiles))
-        if self._prefix_tokens is not None:
-            return class_and_patch_tokens(features, self._prefix_tokens)
+        if self.prefix_tokens is not None:
+            return class_and_patch_tokens(features, self.prefix_tokens)
         return features
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -176,18 +176,25 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
         raise ConfigError(f"model.encoder {name}: {error}") from error
 
 
+def timm_recipe(name: str, tile_px: int) -> tuple[str, dict[str, Any]]:
+    """Architecture and options by which timm builds an encoder of this name for tiles of this side."""
+    if known := find_foundation_model(name):
+        return known[1].architecture, {**known[1].options, "img_size": tile_px}
+    name = ARCHITECTURE if name == PACKAGED_ENCODER else name
+    if ":" in name:
+        return name, {}  # as its configuration on the hub says
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return name, {"img_size": tile_px} if published is not None and published.fixed_input_size else {}
+
+
 def _create_timm(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, **options: Any) -> Any:
-    is_hub_name = ":" in name
-    if not is_hub_name and not timm.is_model(name.split(".")[0]):
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, [*timm.list_models(), *FOUNDATION_MODELS], n=5, cutoff=0.5)
         raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     if weights:
         # timm then resizes and filters these exactly as it does the published ones.
         options |= {"pretrained_cfg_overlay": {"file": str(weights)}}
-    if not is_hub_name:
-        published = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        if published is not None and published.fixed_input_size:
-            options["img_size"] = tile_px
+    options |= timm_recipe(name, tile_px)[1]
     with _noting_missing_keys() as missing:
         backbone = timm.create_model(name, num_classes=0, pretrained=pretrained or bool(weights), **options)
     if weights and missing:

@@ -109,8 +109,8 @@ class FsdpStrategy(TorchStrategy):
         loss.backward()
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """Gathered from its shards."""
-        sharded = parameter.detach()
+        """Gathered from its shards, on this rank's device also where they wait in the host's memory."""
+        sharded = parameter.detach().to(self.device)
         assert isinstance(sharded, DTensor)
         return sharded.full_tensor()
 

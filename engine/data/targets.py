@@ -1,0 +1,160 @@
+"""What the manifest says of each slide, for a model to predict: a class, labels, a number, or a time until an event."""
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from slidescale.engine.config import DataConfig
+from slidescale.engine.objective import survival_edges
+
+# (row number, cells) and (row number, what is wrong with it); the header is row 1, and 0 is the file as a whole.
+Record = tuple[int, dict[str, str]]
+Problem = tuple[int, str]
+
+# As spreadsheets and pandas write them; a column of integers with gaps becomes one of floats there.
+BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
+MISSING = {"", "na", "nan"}
+
+
+@dataclass
+class Targets:
+    """The targets of a manifest's rows, as far as they could be read.
+
+    Attributes:
+        names: of what is predicted (see `Manifest.classes`).
+        values: by row number; a row with a problem has none.
+    """
+
+    names: tuple[str, ...]
+    values: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def of_train(self, records: list[Record], config: DataConfig) -> list[tuple[float, ...]]:
+        """The values of the train split."""
+        train = [number for number, record in records if record[config.split_column] == "train"]
+        return [self.values[number] for number in train if number in self.values]
+
+
+def read_targets(records: list[Record], config: DataConfig) -> Targets:
+    """Read and check the targets; empty cells of columns that must be full are told of by the manifest."""
+    match config.supervision:
+        case "classes":
+            return _classes(records, config)
+        case "multi_label":
+            return _multi_label(records, config)
+        case "regression":
+            return _regression(records, config)
+        case "survival":
+            return _survival(records, config)
+
+
+def near(name: str, candidates: Iterable[str]) -> str:
+    """The question whether another name was meant, if one is like it."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _classes(records: list[Record], config: DataConfig) -> Targets:
+    """Index of the class."""
+    labels = [
+        (number, config.label_map.get(record[config.label_column], record[config.label_column]))
+        for number, record in records
+    ]
+    train = {number for number, record in records if record[config.split_column] == "train"}
+    in_train = Counter(label for number, label in labels if number in train and label)
+    targets = Targets(config.classes or tuple(sorted(in_train)))
+    source = "data.classes" if config.classes else "the labels of the train split"
+    for number, label in labels:
+        if label in targets.names:
+            targets.values[number] = (float(targets.names.index(label)),)
+        elif label:
+            problem = f"label {label!r} is not among {source}: {', '.join(targets.names)}"
+            targets.problems.append((number, problem + near(label, targets.names)))
+    absent = [name for name in targets.names if name not in in_train]
+    if absent and in_train:
+        targets.problems.append((0, f"no train slide has label {', '.join(map(repr, absent))}"))
+    if len(targets.names) < 2 and in_train:
+        problem = f"all train slides have one label, {targets.names[0]!r}; there is nothing to tell apart"
+        targets.problems.append((0, problem))
+    if not config.classes:  # with them, a label that was not renamed is told of above
+        written = {record[config.label_column] for _, record in records}
+        unused = [name for name in config.label_map if name not in written]
+        targets.problems += [
+            (0, f"data.label_map renames {name!r}, which no row has{near(name, written)}") for name in unused
+        ]
+    return targets
+
+
+def _multi_label(records: list[Record], config: DataConfig) -> Targets:
+    """0, 1 or NaN for each label."""
+    columns = config.label_columns
+    targets = Targets(columns)
+    for number, record in records:
+        values, wrong = [], []
+        for column in columns:
+            cell = record[column]
+            if cell in BINARY:
+                values.append(BINARY[cell])
+            elif cell.lower() in MISSING:
+                values.append(math.nan)
+            else:
+                wrong.append(f"{column} {cell!r} is not 0 or 1; leave the cell empty where it is not known")
+        if not wrong and all(map(math.isnan, values)):
+            wrong.append(f"none of {', '.join(columns)} is known; leave the row out")
+        targets.problems += [(number, problem) for problem in wrong]
+        if not wrong:
+            targets.values[number] = tuple(values)
+    train = targets.of_train(records, config)
+    for index, column in enumerate(columns):
+        seen = {values[index] for values in train}
+        if train and not {0.0, 1.0} <= seen:
+            absent = " or ".join(f"{value:.0f}" for value in (0.0, 1.0) if value not in seen)
+            targets.problems.append((0, f"no train slide has {column} {absent}; there is nothing to tell apart"))
+    return targets
+
+
+def _regression(records: list[Record], config: DataConfig) -> Targets:
+    """The number."""
+    column = config.label_column
+    targets = Targets((column,))
+    for number, record in records:
+        if (value := _number(record[column])) is not None:
+            targets.values[number] = (value,)
+        elif record[column]:
+            targets.problems.append((number, f"{column} {record[column]!r} is not a finite number"))
+    train = targets.of_train(records, config)
+    if train and len(set(train)) == 1:
+        targets.problems.append((0, f"all train slides have {column} {train[0][0]:g}; there is nothing to predict"))
+    return targets
+
+
+def _survival(records: list[Record], config: DataConfig) -> Targets:
+    """The time, and 1 for an observed event or 0 for a censored one."""
+    targets = Targets(("risk",))
+    for number, record in records:
+        time_cell, event_cell = record[config.label_column], record[config.event_column]
+        time, event = _number(time_cell), BINARY.get(event_cell)
+        if time_cell and (time is None or time <= 0):
+            targets.problems.append((number, f"{config.label_column} {time_cell!r} is not a time above 0"))
+        if event_cell and event is None:
+            problem = f"{config.event_column} {event_cell!r} is not 1 (observed) or 0 (censored)"
+            targets.problems.append((number, problem))
+        if time is not None and time > 0 and event is not None:
+            targets.values[number] = (time, event)
+    if train := targets.of_train(records, config):
+        try:
+            survival_edges(train, config.survival_bins)
+        except ValueError as error:
+            targets.problems.append((0, f"train split: {error}; use fewer --data.survival-bins"))
+    return targets
+
+
+def _number(cell: str) -> float | None:
+    """A finite number."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

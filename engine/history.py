@@ -1,0 +1,35 @@
+"""history.csv of a run: what each epoch came to, a row an epoch."""
+
+import csv
+from pathlib import Path
+
+from slidescale.engine.data.cohort import write_csv
+
+NAME = "history.csv"
+
+
+def add_epoch(folder: Path, epoch: int, values: dict[str, float | None]) -> None:
+    """Write an epoch's row; rows of a run that was cut off after this epoch, and is being resumed, give way to it.
+
+    Args:
+        epoch: completed epochs, from 1.
+        values: by column, None for what is not defined.
+    """
+    rows: list[dict[str, float | None]] = [row for row in read_history(folder) if (row["epoch"] or 0) < epoch]
+    rows.append({"epoch": epoch, **values})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = ([_cell(row.get(name)) for name in columns] for row in rows)
+    write_csv(folder / NAME, columns, cells)
+
+
+def read_history(folder: Path) -> list[dict[str, float | None]]:
+    """The rows so far, the first epoch first; none for a run that has not completed one."""
+    try:
+        with (folder / NAME).open(newline="", encoding="utf-8") as file:
+            return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

@@ -1,0 +1,279 @@
+"""`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
+
+import csv
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from slidescale.engine.attention_map import write_attention
+from slidescale.engine.config import DataConfig
+from slidescale.engine.data.cohort import write_csv
+from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
+from slidescale.engine.errors import ConfigError, ManifestError, SlideError, UserError
+from slidescale.engine.evaluation import run_model
+from slidescale.engine.memory.planner import CHUNK_CAP
+from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
+from slidescale.engine.report import output_cells, output_columns
+from slidescale.engine.trained import Precision, TrainedRun, load_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How a trained model is run."""
+
+    precision: Precision = "fp32"
+    """Arithmetic of matrix products. In full fp32 a slide's probability does not depend on ranks or chunks (to 1e-5);
+    bf16, which training and its predictions.csv use where the processor has it, is faster and rounds to 1 part in 256
+    at each layer, differently for each way of cutting a slide."""
+    chunk: int | None = None
+    """Tiles that go through the encoder at once; by default 128 on a GPU, 16 on a CPU."""
+    readers: int = 2
+    """Threads a rank that read tiles."""
+    default_mpp_um: float | None = None
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none; by default as in the run."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError(f"--chunk is {self.chunk}: must be at least 1 tile")
+        if self.readers < 1:
+            raise ConfigError(f"--readers is {self.readers}: must be at least 1 thread")
+        if self.default_mpp_um is not None and not self.default_mpp_um > 0:
+            raise ConfigError(f"--default-mpp-um is {self.default_mpp_um}: must be a positive number of µm a pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest(ComputeSettings):
+    """Predict slides with the best epoch of a trained run.
+
+    Under torchrun or deepspeed, ranks share each slide's tiles. A slide that cannot be predicted is told of, the others
+    are written, and the command fails.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, such as runs/egfr."""
+    slides: tuple[Path, ...] = ()
+    """Slide files; a slide's name is its file's, without the ending."""
+    manifest: Path | None = None
+    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder."""
+    out: Path = Path("predictions.csv")
+    """CSV to write: slide_id, path, what is predicted (of classes, probability of the second of two, or of each of
+    more), k (tiles used)."""
+    heatmaps: Path | None = None
+    """Folder for each slide's attention, as `slidescale heatmap` writes it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        super().__post_init__()
+        if bool(self.slides) == (self.manifest is not None):
+            raise ConfigError("name the slides, either by --slides or by --manifest")
+
+
+class NamedFile(NamedTuple):
+    """A slide to predict; no label, no split."""
+
+    slide_id: str
+    path: Path
+
+
+class SlidePrediction(NamedTuple):
+    """What `Objective.predict` says `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1."""
+
+    file: NamedFile
+    tiling: Tiling
+    output: np.ndarray
+    weights: np.ndarray
+
+
+class Failure(NamedTuple):
+    """A slide that cannot be predicted, and why."""
+
+    file: NamedFile
+    reason: str
+
+
+class Predictor:
+    """A trained run, and the ranks that share its work, each with the whole model.
+
+    Args:
+        mesh: of one tile group.
+        device: of this rank, where the model is.
+    """
+
+    def __init__(self, run: TrainedRun, settings: ComputeSettings, mesh: Mesh, device: torch.device) -> None:
+        self.run = run
+        self.mesh = mesh
+        self._device = device
+        self._chunk = settings.chunk or CHUNK_CAP[device.type]
+        self._readers = settings.readers
+        data = run.config.data
+        self.spec = TileSpec(
+            tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue,
+            default_mpp_um=settings.default_mpp_um or data.default_mpp_um,
+        )  # fmt: skip
+
+    def predict(self, files: Sequence[NamedFile]) -> Iterator[SlidePrediction | Failure]:
+        """Each slide's prediction, or why there is none, alike on every rank, which takes them all."""
+        tilings: dict[str, Tiling] = {}
+        for file, found in zip(files, self._tile(files), strict=True):
+            if isinstance(found, Tiling):
+                tilings[file.slide_id] = found
+            else:
+                yield Failure(file, found)
+        reader = TileReader(self.spec, threads=self._readers, pin=self._device.type == "cuda")
+        try:
+            rows = [file for file in files if file.slide_id in tilings]
+            for output in run_model(self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device):
+                faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
+                answer = self.run.objective.predict(output.logits).cpu().numpy()
+                if faults:
+                    yield Failure(output.row, faults[0][1])
+                elif not np.isfinite(answer).all():
+                    yield Failure(output.row, f"the model's answer is not finite: {answer}")
+                else:
+                    yield SlidePrediction(output.row, tilings[output.row.slide_id], answer, output.weights)
+        finally:
+            reader.close()
+
+    def open(self, path: Path) -> Slide:
+        """Open a slide as its tiles are read."""
+        return Slide(path, default_mpp_um=self.spec.default_mpp_um)
+
+    def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
+        """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
+        world = self.mesh.world
+        with ThreadPoolExecutor(self._readers) as pool:
+            mine = list(pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size]))
+        parts = world.gather_objects(mine)
+        return [parts[index % world.size][index // world.size] for index in range(len(files))]
+
+
+def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
+    """Load a run on this process's device, and meet the other ranks if a launcher has started some.
+
+    Raises:
+        UserError: see `load_run`, `check_launcher` and `start_world`.
+    """
+    check_launcher()
+    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    run = load_run(folder, device, settings.precision)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Predictor(run, settings, Mesh(), device)
+    start_world(device)
+    return Predictor(run, settings, make_mesh(device, "all"), device)
+
+
+def predict_slides(request: PredictRequest) -> None:
+    """Predict slides and write a table; the main rank writes.
+
+    Raises:
+        UserError: the run or the list of slides cannot be used, or some slides could not be predicted, which are named;
+            the others are written by then.
+    """
+    predictor = start_predictor(request.run, request)
+    run = predictor.run
+    files = name_files(request.slides) if request.manifest is None else read_files(request.manifest, run.config.data)
+    main = predictor.mesh.world.rank == 0
+    log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
+    supervision = run.config.data.supervision
+    if main:
+        request.out.parent.mkdir(parents=True, exist_ok=True)  # now, since it is for nothing if it cannot be made
+    rows: dict[str, tuple[object, ...]] = {}
+    failures: list[Failure] = []
+    for answer in predictor.predict(files):
+        if isinstance(answer, Failure):
+            failures.append(answer)
+            log.warning("%s: %s", answer.file.slide_id, answer.reason)
+            continue
+        shown = output_cells(supervision, run.classes, answer.output)
+        rows[answer.file.slide_id] = (*answer.file, *shown, len(answer.weights))
+        log.info("%s: %s (%d tiles)", answer.file.slide_id, ", ".join(shown), len(answer.weights))
+        if request.heatmaps is not None and main:
+            try:
+                with predictor.open(answer.file.path) as slide:
+                    write_attention(
+                        request.heatmaps, answer.file.slide_id, slide, answer.tiling, answer.weights, model=run.title
+                    )
+            except SlideError as error:  # its tiles could be read, so it is predicted; only its picture is missing
+                failures.append(Failure(answer.file, f"no heatmap: {error}"))
+                log.warning("%s: no heatmap: %s", answer.file.slide_id, error)
+    if main and rows:
+        in_order = [rows[file.slide_id] for file in files if file.slide_id in rows]
+        write_csv(request.out, ("slide_id", "path", *output_columns(supervision, run.classes), "k"), in_order)
+        log.info("%d predictions in %s", len(rows), request.out)
+    failures = predictor.mesh.world.gather_objects(failures)[0]
+    if failures:
+        reasons = "\n".join(f"  {file.slide_id}: {reason}" for file, reason in failures)
+        raise UserError(f"{len(failures)} of {len(files)} slides failed:\n{reasons}")
+
+
+def name_files(paths: Sequence[Path]) -> list[NamedFile]:
+    """Slides called as their files are, without the ending.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    counts = Counter(path.stem for path in paths)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(
+            f"--slides: several files are called {', '.join(repeated)}; give them names in a --manifest with the "
+            "columns slide_id and path"
+        )
+    return [NamedFile(path.stem, path) for path in paths]
+
+
+def read_files(path: Path, columns: DataConfig) -> list[NamedFile]:
+    """The slides of a manifest, of which only names and paths are looked at.
+
+    Raises:
+        ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
+            file is missing is not among these: it is that slide's failure alone.
+    """
+    name_column, path_column = columns.slide_column, columns.path_column
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            records = [((row.get(name_column) or "").strip(), (row.get(path_column) or "").strip()) for row in reader]
+    except OSError as error:
+        raise ManifestError(f"cannot read the manifest {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not CSV in UTF-8: {error}") from None
+    missing = [name for name in (name_column, path_column) if name not in reader.fieldnames]
+    if missing:
+        has = ", ".join(reader.fieldnames) or "nothing"
+        raise ManifestError(f"{path} has no column {' and no column '.join(missing)}; it has: {has}")
+    if not records:
+        raise ManifestError(f"{path} has a header and no rows")
+    problems = []
+    first: dict[str, int] = {}
+    for number, (slide_id, name) in enumerate(records, start=2):
+        cells = ((name_column, slide_id), (path_column, name))
+        problems += [f"row {number}: {column} is empty" for column, cell in cells if not cell]
+        if slide_id and first.setdefault(slide_id, number) != number:
+            problems.append(f"row {number}: {slide_id!r} already stands in row {first[slide_id]}")
+    if problems:
+        raise ManifestError(f"{path} cannot be used:\n  " + "\n  ".join(problems))
+    return [NamedFile(slide_id, path.parent / name) for slide_id, name in records]
+
+
+def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
+    try:
+        with Slide(file.path, default_mpp_um=spec.default_mpp_um) as slide:
+            return tile_slide(slide, spec)
+    except SlideError as error:
+        return str(error)

@@ -1,0 +1,103 @@
+"""The exported encoder gives the run's features without this project: timm alone loads it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from slidescale.engine.errors import ConfigError
+from slidescale.engine.export import ExportRequest, export_encoder
+from slidescale.engine.trained import load_run
+
+from runs import write_run
+
+# Largest difference over the largest feature. Without adapters the same operators run on the same values; a merged
+# adapter rounds a sum of weights where an unmerged one rounds a sum of outputs.
+TOLERANCE = 1e-6
+
+ALONE = """
+import json, sys
+import numpy as np
+description = json.load(open("encoder.json"))
+load, call = description["python"][:-1], description["python"][-1]
+scope = {}
+exec("\\n".join(load), scope)
+torch = scope["torch"]
+torch.set_num_threads(1)
+scope["tiles"] = torch.from_numpy(np.load("tiles.npy"))
+with torch.no_grad():
+    exec(call, scope)
+np.save("features.npy", scope["features"].numpy())
+assert not [name for name in sys.modules if name.startswith(("slidescale", "peft"))]
+"""
+
+
+def tiles() -> torch.Tensor:
+    """uint8 `[5, 64, 64, 3]`."""
+    return torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def features_alone(folder: Path) -> np.ndarray:
+    """Of the tiles, in a process that follows the description to the letter, and has nothing of this project's."""
+    np.save(folder / "tiles.npy", tiles().permute(0, 3, 1, 2).numpy())
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "features.npy")
+
+
+def error(folder: Path, out: Path) -> float:
+    """Of the exported encoder's features beside the run's own."""
+    with torch.no_grad():
+        expected = load_run(folder, torch.device("cpu")).model.encode(tiles()).numpy()
+    assert expected.std(axis=0).mean() > 1e-3, "tiles are told apart"
+    return float(np.abs(features_alone(out) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"encoder": "test_resnet", "drop_path": 0.1},
+        {"encoder": "test_vit"},
+        {"encoder": "test_vit", "lora_rank": 4},
+        {"encoder": "test_convnext", "lora_rank": 2, "drop_path": 0.1},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+def test_timm_alone_gives_the_same_features(tmp_path: Path, model: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "r", **model)
+    out = tmp_path / "out" / "encoder.safetensors"
+    export_encoder(ExportRequest(run=folder, out=out))
+    assert error(folder, out.parent) <= TOLERANCE
+    with safe_open(out, framework="pt") as file:
+        metadata = file.metadata()
+    description = json.loads(out.with_suffix(".json").read_text())
+    assert (description["timm_name"], description["tile_px"], description["mpp_um"]) == (model["encoder"], 64, 0.5)
+    for name, value in description.items():
+        assert metadata[name] == value or json.loads(metadata[name]) == value
+    assert ("img_size" in description["options"]) == (model["encoder"] == "test_vit")
+    assert not [name for name in load_file(out) if "lora" in name or "base_layer" in name]
+
+
+def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that are taken away and not merged are found."""
+    from peft.tuners.lora.layer import Linear
+
+    folder = write_run(tmp_path / "r", encoder="test_vit", lora_rank=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "merge", lambda self: None)
+        export_encoder(ExportRequest(run=folder, out=tmp_path / "encoder.safetensors"))
+    assert error(folder, tmp_path) > 100 * TOLERANCE
+
+
+def test_another_ending(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must end in .safetensors"):
+        ExportRequest(run=tmp_path, out=Path("encoder.pth"))

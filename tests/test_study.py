@@ -1,0 +1,113 @@
+"""A K study: what it runs, what it goes on with, and what it makes of the runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from slidescale.engine.config import Config, DataConfig, RunConfig
+from slidescale.engine.data.cohort import write_csv
+from slidescale.engine.errors import UserError
+from slidescale.engine.history import add_epoch, read_history
+from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.run_folder import open_run_folder, record_run
+from slidescale.engine.study import Outcome, arms_of, run_study, show, tell
+
+from conftest import read_csv
+
+BASE = Config(run=RunConfig(name="base", epochs=3), data=DataConfig(k=8))
+
+
+class Runner:
+    """Stands in for training: a run whose loss falls with K, after as many epochs as asked for."""
+
+    def __init__(self) -> None:
+        self.runs: list[Config] = []
+        self.stop_in: tuple[str, int] | None = None
+
+    def __call__(self, config: Config) -> Path:
+        self.runs.append(config)
+        folder = config.run.out / config.run.name
+        if not config.resume:
+            folder = open_run_folder(config.run.out, config.run.name)
+        record_run(folder, config, None, ("a", "b"), CrossEntropy((), 2))
+        for epoch in range(len(read_history(folder)) + 1, config.run.epochs + 1):
+            if self.stop_in == (config.run.name, epoch):
+                raise KeyboardInterrupt
+            (folder / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+            tiles = 100.0 if config.data.k == "all" else float(config.data.k)
+            add_epoch(folder, epoch, {
+                "train_loss": 1 / tiles + config.run.seed / 100 + 1 / epoch, "val_loss": 0.5,
+                "val_auroc": None if config.run.seed == 9 else 1 - 1 / tiles, "tiles_a_slide": tiles, "seconds": 2.0,
+            })  # fmt: skip
+        return folder
+
+
+def test_every_arm_runs_with_every_seed_and_the_last_epoch_counts(tmp_path: Path) -> None:
+    runner = Runner()
+    outcomes = run_study(arms_of(BASE, ["all", 16, 4, 16], BASE), [0, 1], tmp_path, runner)
+    assert [outcome.arm for outcome in outcomes] == ["k-4", "k-16", "k-all", "frozen"] * 2
+    assert [config.data.k for config in runner.runs[:4]] == [4, 16, "all", "all"]
+    assert [config.run.seed for config in runner.runs] == [0] * 4 + [1] * 4
+    assert outcomes[1].train_loss == pytest.approx(1 / 16 + 1 / 3), "that of the last epoch"
+    assert outcomes[1].seconds == pytest.approx(6.0), "of all epochs"
+    rows = read_csv(tmp_path / "study.csv")
+    assert [row["arm"] for row in rows] == [outcome.arm for outcome in outcomes]
+    assert float(rows[-1]["metric"]) == pytest.approx(0.99)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    arms = arms_of(BASE, [4, 16], None)
+    runner = Runner()
+    runner.stop_in = ("k-16-seed-0", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(arms, [0, 1], tmp_path, runner)
+    again = Runner()
+    outcomes = run_study(arms, [0, 1], tmp_path, again)
+    assert [(config.run.name, config.resume) for config in again.runs] == [
+        ("k-16-seed-0", True), ("k-4-seed-1", False), ("k-16-seed-1", False)
+    ]  # fmt: skip
+    assert outcomes == run_study(arms, [0, 1], tmp_path / "whole", Runner())
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    run_study(arms_of(BASE, [4], None), [0], tmp_path, Runner())
+    other = replace(BASE, optim=replace(BASE.optim, lr=5e-4))
+    with pytest.raises(UserError, match="--optim.lr was 0.0001 and is 0.0005"):
+        run_study(arms_of(other, [4], None), [0], tmp_path, Runner())
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    outcomes = run_study(arms_of(BASE, [4, 16, "all"], BASE), [0, 1, 2], tmp_path, Runner())
+    header, rows = tell(outcomes, "AUROC")
+    by_name = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["K"] for row in by_name] == ["4", "16", "all", "all"]
+    assert by_name[0]["train loss"] == "0.593 (0.583 to 0.603)"
+    assert by_name[3]["trained"] == "frozen"
+    picture = show(outcomes, "AUROC", tmp_path)
+    assert picture.ndim == 3 and picture.std() > 10
+    assert (tmp_path / "k_study.png").exists()
+    board = EventAccumulator(str(tmp_path / "study")).Reload()
+    events = board.Scalars("k_study/train_loss/end_to_end")
+    assert [event.step for event in events] == [4, 16, 100]
+    assert events[0].value == pytest.approx(0.5933, abs=1e-3)
+    assert board.Tags()["images"] == ["k_study"]
+
+
+def test_undefined_metrics_are_left_out(tmp_path: Path) -> None:
+    outcomes = [*run_study(arms_of(BASE, [4], None), [0, 9], tmp_path, Runner())]
+    assert tell(outcomes, "AUROC")[1][0][4] == "0.750 (0.750 to 0.750)"
+    assert tell(outcomes[1:], "AUROC")[1][0][4] == "undefined"
+    show(outcomes, "AUROC", tmp_path)
+    assert isinstance(outcomes[1], Outcome) and outcomes[1].metric is None
+
+
+def test_history_of_a_resumed_run_has_each_epoch_once(tmp_path: Path) -> None:
+    for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)):
+        add_epoch(tmp_path, epoch, {"train_loss": loss, "val_auroc": None})
+    assert read_history(tmp_path) == [
+        {"epoch": 1.0, "train_loss": 3.0, "val_auroc": None}, {"epoch": 2.0, "train_loss": 2.5, "val_auroc": None}
+    ]  # fmt: skip
+    write_csv(tmp_path / "history.csv", ("epoch",), [])
+    assert read_history(tmp_path) == []

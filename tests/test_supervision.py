@@ -1,0 +1,420 @@
+"""What slides can be labelled with: objectives against their formulas, and manifests and runs of each kind."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from torch import Tensor
+
+from slidescale.engine import main
+from slidescale.engine.config import Config, DataConfig, OptimConfig, RunConfig
+from slidescale.engine.data.manifest import read_manifest
+from slidescale.engine.errors import ConfigError, ManifestError, UserError
+from slidescale.engine.objective import (
+    CrossEntropy,
+    MultiLabel,
+    Objective,
+    Regression,
+    Survival,
+    fit_objective,
+    make_objective,
+    survival_edges,
+)
+
+from conftest import edit_manifest, read_csv
+from test_training import make_config
+
+NAN = math.nan
+LOGITS = [0.3, -1.2, 2.1, 0.7, -0.4]
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def cross_entropy(z: list[float], target: tuple[float, ...]) -> float:
+    weights = [1.0, 2.0, 0.5, 1.0, 3.0]
+    return -weights[int(target[0])] * math.log(math.exp(z[int(target[0])]) / sum(map(math.exp, z)))
+
+
+def multi_label(z: list[float], target: tuple[float, ...]) -> float:
+    weights = [1.0, 2.0, 0.5, 1.0, 4.0]
+    known = [i for i, value in enumerate(target) if value in (0.0, 1.0)]
+    losses = [-weights[i] * math.log(sigmoid(z[i])) if target[i] else -math.log(1 - sigmoid(z[i])) for i in known]
+    return sum(losses) / len(losses)
+
+
+def regression(z: list[float], target: tuple[float, ...]) -> float:
+    return (z[0] - (target[0] - 40.0) / 8.0) ** 2
+
+
+EDGES = [2.0, 5.0, 5.5, 11.0]
+
+
+def survival(z: list[float], target: tuple[float, ...]) -> float:
+    """The likelihood, as a product of hazards."""
+    hazards = [sigmoid(value) for value in z]
+    time, event = target
+    last = sum(edge <= time for edge in EDGES)
+    likelihood = hazards[last] if event else 1 - hazards[last]
+    for hazard in hazards[:last]:
+        likelihood *= 1 - hazard
+    return -math.log(likelihood)
+
+
+Formula = Callable[[list[float], tuple[float, ...]], float]
+# Both sides of each edge, and each edge itself, which belongs to the bin above it.
+TIMES = [0.1, 2.0, 3.0, math.nextafter(5.0, 0), 5.0, 5.2, 5.5, 11.0, 1e6]
+FORMULAS: dict[str, tuple[Callable[[], Objective], Formula, list[tuple[float, ...]]]] = {
+    "classes": (
+        lambda: CrossEntropy([1.0, 2.0, 0.5, 1.0, 3.0], 5), cross_entropy, [(float(index),) for index in range(5)],
+    ),
+    "multi_label": (
+        lambda: MultiLabel([1.0, 2.0, 0.5, 1.0, 4.0], 5), multi_label,
+        [(1.0, 0.0, 1.0, 1.0, 0.0), (NAN, 0.0, NAN, 1.0, 1.0), (NAN, NAN, NAN, NAN, 1.0), (0.0, NAN, 0.0, 0.0, NAN)],
+    ),
+    "regression": (lambda: Regression(40.0, 8.0), regression, [(40.0,), (-3.5,), (77.0,)]),
+    "survival": (
+        lambda: Survival(EDGES), survival, [(time, event) for time in TIMES for event in (0.0, 1.0)],
+    ),
+}  # fmt: skip
+
+
+def as_target(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def differences(kind: str) -> list[float]:
+    """Between an objective's losses in doubles and the formula's."""
+    make, formula, targets = FORMULAS[kind]
+    objective = make()
+    z = LOGITS[: objective.outputs]
+    logits = torch.tensor(z, dtype=torch.float64)
+    return [abs(objective(logits, as_target(target)).item() - formula(z, target)) for target in targets]
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_losses_are_their_formulas(kind: str) -> None:
+    """In doubles, where only rounding can differ; gradients against finite differences."""
+    assert max(differences(kind)) < 1e-12
+    make, _, targets = FORMULAS[kind]
+    objective = make()
+    logits = torch.tensor(LOGITS[: objective.outputs], dtype=torch.float64, requires_grad=True)
+    for values in targets:
+        loss = objective(logits, as_target(values))
+        assert loss.shape == ()
+        assert loss.item() != 0 or kind == "regression"
+        assert torch.autograd.gradcheck(objective, (logits, as_target(values)))
+
+
+@pytest.mark.parametrize("bug", ["edges belong to the bin below", "censored is observed", "missing is negative"])
+def test_planted_bugs_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searchsorted, forward = torch.searchsorted, Survival.forward
+    match bug:
+        case "edges belong to the bin below":
+            monkeypatch.setattr(torch, "searchsorted", lambda edges, time, right: searchsorted(edges, time))
+        case "censored is observed":
+            monkeypatch.setattr(
+                Survival, "forward", lambda self, logits, target: forward(self, logits, target.clamp(min=1))
+            )
+        case "missing is negative":
+            monkeypatch.setattr(Tensor, "isnan", lambda self: torch.zeros_like(self, dtype=torch.bool))
+    kind = "multi_label" if bug.startswith("missing") else "survival"
+    assert max(differences(kind)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("steepness", [300.0, -300.0])
+def test_large_logits_stay_finite(kind: str, steepness: float) -> None:
+    """In fp32, where exp(300) is infinite and sigmoid(300) is 1."""
+    make, _, targets = FORMULAS[kind]
+    objective = make()
+    for values in targets:
+        logits = (steepness * torch.tensor(LOGITS[: objective.outputs])).requires_grad_()
+        loss = objective(logits, as_target(values))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        assert objective.predict(logits).isfinite().all()
+
+
+def test_missing_labels_do_not_count() -> None:
+    objective = MultiLabel((), 3)
+    logits = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    (gradient,) = torch.autograd.grad(objective(logits, as_target((1.0, NAN, 0.0))), logits)
+    assert gradient[1] == 0
+    assert (gradient[[0, 2]] != 0).all()
+    nothing = objective(logits, as_target((NAN, NAN, NAN)))
+    assert nothing.item() == 0
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert torch.equal(gradient, torch.zeros(3)), "and there is a graph, so that every rank makes this backward"
+
+
+def test_what_logits_mean() -> None:
+    logits = torch.tensor(LOGITS, dtype=torch.float64)
+    assert CrossEntropy((), 5).predict(logits).sum().item() == pytest.approx(1)
+    expected = torch.tensor([sigmoid(z) for z in LOGITS], dtype=torch.float64)
+    torch.testing.assert_close(MultiLabel((), 5).predict(logits), expected)
+    assert Regression(40.0, 8.0).predict(logits[:1]).tolist() == [pytest.approx(42.4)]
+    alive = np.cumprod([1 - sigmoid(z) for z in LOGITS])
+    risk = Survival(EDGES).predict(logits)
+    assert risk.tolist() == [pytest.approx(-alive.sum())]
+    sooner = logits + torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64)
+    assert Survival(EDGES).predict(sooner).item() > risk.item(), "an earlier event is a larger risk"
+
+
+def test_a_number_far_from_zero_keeps_its_digits() -> None:
+    """In fp32, 1e8 + 1 and 1e8 + 3 are both 1e8 or the next number; the standardised ones are far apart."""
+    objective = Regression(1e8, 2.0)
+    logits = torch.tensor([0.5])
+    assert objective(logits, as_target((1e8 + 1,))).item() == 0
+    assert objective(logits, as_target((1e8 + 3,))).item() == 1
+    assert objective.predict(logits).tolist() == [1e8 + 1]
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_an_objective_is_made_again_of_its_record(kind: str) -> None:
+    make, _, targets = FORMULAS[kind]
+    objective = make()
+    again = make_objective(json.loads(json.dumps(objective.record())))
+    assert type(again) is type(objective)
+    assert again.outputs == objective.outputs
+    logits = torch.tensor(LOGITS[: objective.outputs])
+    assert torch.equal(again.predict(logits), objective.predict(logits))
+    for values in targets:
+        assert torch.equal(again(logits, as_target(values)), objective(logits, as_target(values)))
+
+
+def test_scale_and_bins_come_from_the_train_split() -> None:
+    found = fit_objective("regression", 1, [(1.0,), (4.0,), (7.0,)], class_weights=(), survival_bins=4)
+    assert isinstance(found, Regression)
+    assert (found.mean, found.sd) == (4.0, pytest.approx(math.sqrt(6)))
+    train = [(float(time), float(time % 3 > 0)) for time in range(1, 32)]
+    found = fit_objective("survival", 1, train, class_weights=(), survival_bins=3)
+    assert isinstance(found, Survival)
+    events = [time for time, event in train if event]
+    counts = np.histogram(events, [0, *found.edges.tolist(), 99])[0]
+    assert counts.tolist() == [7, 7, 7], "of the observed events alone"
+
+
+@pytest.mark.parametrize("times", [[1.0, 2.0], [3.0, 3.0, 3.0, 3.0, 9.0], []])
+def test_bins_that_cannot_be_filled(times: list[float]) -> None:
+    targets = [(time, 1.0) for time in times] + [(4.0, 0.0)] * 9
+    with pytest.raises(ValueError, match=rf"{len(times)} observed events .* do not fill 3 bins"):
+        survival_edges(targets, 3)
+
+
+def write(folder: Path, columns: str, *rows: str) -> Path:
+    """A manifest whose rows give the target's cells and the split."""
+    manifest = folder / "m.csv"
+    with manifest.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"slide_id,case_id,path,{columns},split\n")
+        for index, row in enumerate(rows):
+            (folder / f"{index}.svs").touch()
+            file.write(f"s{index},p{index},{index}.svs,{row}\n")
+    return manifest
+
+
+def problems(manifest: Path, config: DataConfig) -> list[str]:
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(manifest, config)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+LABELS = DataConfig(supervision="multi_label", label_columns=("ER", "PR"))
+
+
+def test_manifest_of_labels(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, "ER,PR", "1,0,train", "0.0,1.0,train", "NA,1,val", ",0,test"), LABELS)
+    assert (manifest.classes, manifest.supervision) == (("ER", "PR"), "multi_label")
+    targets = np.array([row.target for row in manifest.rows])
+    np.testing.assert_array_equal(targets, [[1, 0], [0, 1], [NAN, 1], [NAN, 0]])
+
+
+def test_faulty_manifest_of_labels(tmp_path: Path) -> None:
+    path = write(tmp_path, "ER,PR", "1,0,train", "1,,train", ",nan,val", "yes,2,test")
+    assert problems(path, LABELS) == [
+        "no train slide has ER 0; there is nothing to tell apart",
+        "no train slide has PR 1; there is nothing to tell apart",
+        "row 4: none of ER, PR is known; leave the row out",
+        "row 5: ER 'yes' is not 0 or 1; leave the cell empty where it is not known",
+        "row 5: PR '2' is not 0 or 1; leave the cell empty where it is not known",
+    ]
+    other = DataConfig(supervision="multi_label", label_columns=("ER", "PgR"))
+    with pytest.raises(ManifestError, match=r"no column 'PgR' \(--data.label-columns\), did you mean 'PR'"):
+        read_manifest(path, other)
+
+
+def test_manifest_of_numbers(tmp_path: Path) -> None:
+    config = DataConfig(supervision="regression", label_column="age")
+    manifest = read_manifest(write(tmp_path, "age", "61,train", "7e1,train", "-3.5,val"), config)
+    assert manifest.classes == ("age",)
+    assert [row.target for row in manifest.rows] == [(61.0,), (70.0,), (-3.5,)]
+    faulty = write(tmp_path, "age", "61,train", "61.0,train", ",val", '"3,5",val', "inf,test", "nan,test")
+    assert problems(faulty, config) == [
+        "all train slides have age 61; there is nothing to predict",
+        "row 4: age is empty",
+        "row 5: age '3,5' is not a finite number",
+        "row 6: age 'inf' is not a finite number",
+        "row 7: age 'nan' is not a finite number",
+    ]
+
+
+def test_manifest_of_survival(tmp_path: Path) -> None:
+    config = DataConfig(supervision="survival", label_column="months", event_column="dead", survival_bins=2)
+    path = write(tmp_path, "months,dead", "3.5,1,train", "20,1.0,train", "7,0,val")
+    manifest = read_manifest(path, config)
+    assert manifest.classes == ("risk",)
+    assert [row.target for row in manifest.rows] == [(3.5, 1.0), (20.0, 1.0), (7.0, 0.0)]
+    faulty = write(tmp_path, "months,dead", "3,1,train", "0,0,train", "5,,val", "soon,yes,val", "-1,0,test")
+    assert problems(faulty, config) == [
+        "train split: 1 observed events at 1 different times do not fill 2 bins; use fewer --data.survival-bins",
+        "row 3: months '0' is not a time above 0",
+        "row 4: dead is empty",
+        "row 5: dead 'yes' is not 1 (observed) or 0 (censored)",
+        "row 5: months 'soon' is not a time above 0",
+        "row 6: months '-1' is not a time above 0",
+    ]
+    with pytest.raises(ManifestError, match=r"no column 'event' \(--data.event-column\)"):
+        read_manifest(path, replace(config, event_column="event"))
+
+
+def test_labels_are_renamed(tmp_path: Path) -> None:
+    path = write(tmp_path, "label", "negative,train", "itc,train", "macro,val")
+    config = DataConfig(classes=("negative", "tumor"), label_map={"itc": "tumor", "macro": "tumor", "micro": "tumor"})
+    assert [row.target for row in read_manifest(path, config).rows] == [(0.0,), (1.0,), (1.0,)]
+    assert problems(path, DataConfig(label_map={"itc": "tumor", "marco": "tumor"})) == [
+        "data.label_map renames 'marco', which no row has, did you mean 'macro'?",
+        "row 4: label 'macro' is not among the labels of the train split: negative, tumor",
+    ]
+
+
+def test_renaming_on_the_command_line() -> None:
+    default = Config(run=RunConfig(name="t"))
+    words = ["--data.label-map", "itc", "tumor", "micro", "tumor", "--data.tile-px", "64"]
+    config = tyro.cli(Config, default=default, args=words)
+    assert config.data.label_map == {"itc": "tumor", "micro": "tumor"}
+    assert config.flat()["data.label_map"] == config.data.label_map
+    assert default.flat()["data.label_map"] == {}, "what is compared before a resume has it in any case"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"supervision": "multi_label"}, "--data.label-columns is .*must name a column"),
+        ({"supervision": "multi_label", "label_columns": ("a", "a")}, "--data.label-columns is .*distinct"),
+        ({"label_columns": ("a",)}, "--data.label-columns is .*is for --data.supervision multi_label"),
+        ({"supervision": "multi_label", "label_columns": ("a",), "label_column": "b"}, "--data.label-column is"),
+        ({"supervision": "survival", "classes": ("a", "b")}, "--data.classes is .* for --data.supervision classes"),
+        ({"supervision": "regression", "label_map": {"a": "b"}}, "--data.label-map is"),
+        ({"event_column": "dead"}, "--data.event-column is .*is for --data.supervision survival"),
+        ({"supervision": "regression", "survival_bins": 3}, "--data.survival-bins is"),
+        ({"supervision": "survival", "survival_bins": 1}, "--data.survival-bins is 1: must be at least 2"),
+    ],
+)
+def test_settings_of_another_supervision_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
+
+
+def put_targets(manifest: Path) -> None:
+    """Targets of every kind, in columns of their own, that go with the class and the row."""
+
+    def change(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        for index, row in enumerate(rows):
+            mutant = row["label"] == "mutant"
+            row["ER"] = "" if index % 5 == 0 else str(int(mutant))
+            row["PR"] = str(index % 2)
+            row["age"] = str(1000 + 10 * mutant + index % 4)
+            row["months"], row["dead"] = str(3 + 7 * index % 11 + (0 if mutant else 9)), str(int(index % 4 > 0))
+        return rows
+
+    edit_manifest(manifest, change)
+
+
+def config_of(kind: str, manifest: Path, out: Path, **changes: Any) -> Config:
+    config = make_config(manifest, out, **({"epochs": 1, "heatmaps": 1} | changes))
+    settings: dict[str, Any] = {
+        "multi_label": {"label_columns": ("ER", "PR")},
+        "regression": {"label_column": "age"},
+        "survival": {"label_column": "months", "event_column": "dead", "survival_bins": 2},
+    }[kind]
+    return replace(config, data=replace(config.data, supervision=kind, classes=(), **settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "outputs", "headline"),
+    [
+        ("multi_label", ["label_ER", "label_PR"], ["probability_ER", "probability_PR"], "auroc"),
+        ("regression", ["target"], ["prediction"], "r2"),
+        ("survival", ["time", "event"], ["risk"], "concordance"),
+    ],
+)
+def test_runs(
+    cohort_copy: Path, tmp_path: Path, kind: str, targets: list[str], outputs: list[str], headline: str
+) -> None:
+    put_targets(cohort_copy)
+    folder = main.run(config_of(kind, cohort_copy, tmp_path / "runs"))
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        assert next(csv.reader(file)) == ["slide_id", "case_id", *targets, *outputs, "k"]
+    rows = read_csv(folder / "predictions.csv")
+    val = [row for row in read_csv(cohort_copy) if row["split"] == "val"]
+    assert [row["slide_id"] for row in rows] == [row["slide_id"] for row in val]
+    columns = {"label_ER": "ER", "label_PR": "PR", "target": "age", "time": "months", "event": "dead"}
+    for row, manifest_row in zip(rows, val, strict=True):
+        assert [row[name] and float(row[name]) for name in targets] == [
+            manifest_row[columns[name]] and float(manifest_row[columns[name]]) for name in targets
+        ]
+        assert all(math.isfinite(float(row[name])) for name in outputs)
+    record = json.loads((folder / "config.json").read_text())
+    assert record["objective"]["supervision"] == kind
+    train = [row for row in read_csv(cohort_copy) if row["split"] == "train"]
+    if kind == "regression":
+        ages = [float(row["age"]) for row in train]
+        assert record["objective"]["mean"] == pytest.approx(np.mean(ages))
+        assert all(abs(float(row["prediction"]) - np.mean(ages)) < 50 for row in rows), "in years"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["headline"]["metric"] == headline
+    assert metrics["values"][headline]["value"] == metrics["headline"]["value"]
+    assert list((folder / "figures").glob("*.png"))
+    assert [path.stem for path in (folder / "heatmaps").glob("*.png")] == [val[0]["slide_id"]]
+
+
+def test_a_resumed_run_keeps_its_scale_and_its_classes(cohort_copy: Path, tmp_path: Path) -> None:
+    """The manifest may change, and the logits must go on meaning the same."""
+    put_targets(cohort_copy)
+    folder = main.run(config_of("regression", cohort_copy, tmp_path / "runs"))
+    before = json.loads((folder / "config.json").read_text())["objective"]
+    edit_manifest(cohort_copy, lambda rows: [row | {"age": str(2 * float(row["age"]))} for row in rows])
+    config = config_of("regression", cohort_copy, tmp_path / "runs", epochs=2, resume=True)
+    assert main.run(config) == folder
+    assert json.loads((folder / "config.json").read_text())["objective"] == before
+
+    inferred = make_config(cohort_copy, tmp_path / "classes", epochs=1, classes=())
+    main.run(inferred)
+    edit_manifest(
+        cohort_copy, lambda rows: [row | {"label": row["label"].replace("mutant", "changed")} for row in rows]
+    )
+    with pytest.raises(UserError, match="was begun to predict mutant, wild_type, and the manifest has changed, wild_t"):
+        main.run(replace(inferred, resume=True))
+
+
+def test_what_a_supervision_cannot_have(cohort_copy: Path, tmp_path: Path) -> None:
+    put_targets(cohort_copy)
+    weights = OptimConfig(class_weights=(1.0, 2.0))
+    with pytest.raises(ConfigError, match="class-weights .*classes and multi_label, and that is survival"):
+        main.run(config_of("survival", cohort_copy, tmp_path, optim=weights))
+    three = OptimConfig(class_weights=(1.0, 2.0, 3.0))
+    with pytest.raises(ConfigError, match="3 values for 2 labels"):
+        main.run(config_of("multi_label", cohort_copy, tmp_path, optim=three))
+    demo = config_of("regression", cohort_copy, tmp_path)
+    with pytest.raises(ConfigError, match="regression needs --data.manifest"):
+        main.run(replace(demo, data=replace(demo.data, manifest=None)))
