@@ -1,11 +1,12 @@
 """From a recipe's command line to a trained model."""
 
+import argparse
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -65,20 +66,30 @@ log = logging.getLogger(__name__)
 GRACE_S = 10.0
 
 
-def main(description: str, *, default: Config, demo: Config, argv: Sequence[str] | None = None) -> None:
+def main(
+    description: str,
+    *,
+    default: Config,
+    demo: Config,
+    presets: Mapping[str, Config] | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Run a recipe from the command line.
 
     Args:
         description: shown by --help.
         default: the recipe's settings when a manifest is given.
         demo: its settings without one, for the demo cohort.
+        presets: other settings to start from with a manifest, by the name that --preset gives.
         argv: the command line; None takes the process's.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     configure_logging(is_main_rank())
     try:
-        has_manifest = any(word.split("=")[0] == "--data.manifest" for word in argv)
-        config = tyro.cli(Config, default=default if has_manifest else demo, args=argv, description=description)
+        base, argv = _choose_settings(argv, default, demo, presets or {})
+        if presets:
+            description += f"\n\n--preset NAME starts from other settings: {', '.join(presets)}."
+        config = tyro.cli(Config, default=base, args=argv, description=description)
         run(config)
         stop_world()
     except UserError as error:
@@ -239,6 +250,31 @@ def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName)
             kernels=kernels,
         )
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
+
+
+def _choose_settings(
+    argv: list[str], default: Config, demo: Config, presets: Mapping[str, Config]
+) -> tuple[Config, list[str]]:
+    """The settings that the command line begins with, and the command line without --preset.
+
+    Raises:
+        ConfigError: no such preset, or no manifest for it.
+    """
+    has_manifest = any(word.split("=")[0] == "--data.manifest" for word in argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    try:
+        given, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        raise ConfigError(f"--preset: name one of {', '.join(presets) or 'none, for this recipe has none'}") from None
+    if given.preset is None:
+        return default if has_manifest else demo, rest
+    if given.preset not in presets:
+        known = f"presets are: {', '.join(presets)}" if presets else "this recipe has no presets"
+        raise ConfigError(f"--preset {given.preset}: {known}")
+    if not has_manifest and not {"--help", "-h"} & set(rest):
+        raise ConfigError(f"--preset {given.preset} is for a study's slides: give --data.manifest slides.csv")
+    return presets[given.preset], rest
 
 
 def _check_alike(config: Config, mesh: Mesh) -> None:

@@ -1,0 +1,137 @@
+"""Each recipe as users start it, on its demo data, with two ranks; and its settings for a study."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from slidescale.engine import main
+from slidescale.engine.config import Config
+from slidescale.engine.errors import ConfigError
+from slidescale.engine.models.foundation import find_foundation_model
+
+from conftest import read_csv
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ("egfr", "breast", "finetune_vit", "frozen_baseline")
+# Of a demo, as little as can be: its own network, rates and classes stay.
+LITTLE = ["--data.demo-slides", "8", "--run.epochs", "1", "--run.heatmaps", "0", "--data.min-tissue", "0.98"]
+PATIENCE_S = 240
+
+
+def load(name: str) -> ModuleType:
+    """A recipe's settings; its call is for a script only."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all runs, so that the demo cohort is drawn once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_on_its_demo(name: str, launcher: str, out: Path) -> None:
+    port = str(29600 + os.getpid() % 300)
+    launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
+    if launcher == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    words = [*launch, f"recipes/{name}.py", "--run.out", str(out), "--run.name", f"{name}-{launcher}", *LITTLE]
+    words += ["--deepspeed_config", "ds.json"] if launcher == "deepspeed" else []
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "training on the DEMO COHORT" in output
+    assert "epoch  1/1" in output
+    assert ("zero2" if launcher == "deepspeed" else "ddp") in output
+    demo = load(name).DEMO
+    assert ("features are read" in output) == demo.model.frozen
+    predictions = read_csv(out / f"{name}-{launcher}" / "predictions.csv")
+    assert predictions and {row["label"] for row in predictions} <= set(demo.data.classes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_page(name: str) -> None:
+    text = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    module = load(name)
+    assert "demo cohort" in str(module.__doc__)
+    assert module.STUDY.run.name != module.DEMO.run.name
+
+
+def test_the_eagle_preset_is_as_published() -> None:
+    config = load("egfr").EAGLE
+    assert find_foundation_model(config.model.encoder)
+    flat = config.flat()
+    published = {
+        "model.encoder": "gigapath", "model.hidden_dim": 512, "model.attention_dim": 384, "model.dropout": 0.25,
+        "model.pooling": "gated_attention", "optim.optimizer": "adamw", "optim.lr": 1e-6, "optim.warmup_epochs": 2,
+        "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "run.epochs": 20, "data.epoch_share": 0.5,
+        "optim.class_weights": [1.0, 0.7], "data.k": 23 * 96, "data.tile_px": 224,
+    }  # fmt: skip
+    assert {name: flat[name] for name in published} == published
+    assert config.optim.lr * config.optim.min_lr_ratio == pytest.approx(1e-8)
+    assert config.data.classes[1] == "mutant", "whose loss is weighted by 0.7"
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """What would have been run."""
+    configs: list[Config] = []
+    monkeypatch.setattr(main, "run", configs.append)
+    monkeypatch.setattr(main, "configure_logging", lambda is_main: None)
+    return configs
+
+
+def start(*argv: str, **settings: Any) -> None:
+    module = load("egfr")
+    presets = settings.get("presets", {"eagle": module.EAGLE})
+    main.main("A recipe.", default=module.STUDY, demo=module.DEMO, presets=presets, argv=argv)
+
+
+def test_presets_are_chosen_by_name(runs: list[Config]) -> None:
+    start("--data.manifest", "x.csv", "--preset", "eagle", "--run.epochs", "3")
+    start("--preset=eagle", "--data.manifest=x.csv")
+    start("--data.manifest", "x.csv")
+    start()
+    assert [config.run.name for config in runs] == ["egfr-eagle", "egfr-eagle", "egfr", "egfr-demo"]
+    assert [config.run.epochs for config in runs[:2]] == [3, 20]
+    assert runs[0].model == runs[1].model == load("egfr").EAGLE.model
+
+
+@pytest.mark.parametrize(
+    ("argv", "presets", "message"),
+    [
+        (["--data.manifest", "x.csv", "--preset", "eagel"], None, "--preset eagel: presets are: eagle"),
+        (["--data.manifest", "x.csv", "--preset", "eagle"], {}, "--preset eagle: this recipe has no presets"),
+        (["--preset", "eagle"], None, "--preset eagle is for a study's slides: give --data.manifest"),
+        (["--preset"], None, "--preset: name one of eagle"),
+    ],
+)
+def test_presets_that_are_not_there(runs: list[Config], argv: list[str], presets: Any, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        start(*argv, **({} if presets is None else {"presets": presets}))
+    assert not runs
+
+
+def test_help_tells_of_presets(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        start("--preset", "eagle", "--help")
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert "--preset NAME starts from other settings: eagle" in output
+    assert "egfr-eagle" in output, "its values are shown"
+    with pytest.raises(ConfigError):
+        main._choose_settings(["--preset", "x"], *([load("egfr").DEMO] * 2), {})
