@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from slidescale.engine import main
 from slidescale.engine.data.synthetic import write_demo_cohort
 
 from worlds import World
@@ -55,6 +54,9 @@ def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an fp32 run of two epochs on the demo cohort; not to be changed."""
+    # Not above: it imports Triton, before TRITON_INTERPRET is set.
+    from slidescale.engine import main
+
     from test_training import make_config
 
     return main.run(make_config(demo_manifest, tmp_path_factory.mktemp("trained")))
