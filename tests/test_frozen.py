@@ -145,7 +145,7 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
         places = {tuple(place): index for index, place in enumerate(file["coords"].tolist())}
         features = file["features"][[places[x, y] for x, y in bag.coords.tolist()]]
         logits, _ = model.aggregate(features, bag.places, TileGroup())
-        loss = objective(logits, row.label)
+        loss = objective(logits, torch.tensor(row.target))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()

@@ -1,5 +1,6 @@
 """What TensorBoard finds of a run: its settings once, also when it is resumed, and results that are compared."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def tags(folder: Path) -> list[str]:
 
 def test_settings_are_told_once(tmp_path: Path) -> None:
     write(tmp_path, step=0, value=0.6)
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
     write(tmp_path, step=5, value=0.8)
     found = tags(tmp_path)
     for tag in ("settings/text_summary", metadata.SESSION_START_INFO_TAG, metadata.EXPERIMENT_TAG):
