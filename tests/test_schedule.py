@@ -67,7 +67,7 @@ def plain_autograd(optimizer: str, dtype: str) -> list[dict[str, Tensor]]:
         with torch.set_grad_enabled(step >= FROZEN):
             features = model.encode(all_tiles(row.path))
         logits, _ = model.aggregate(features, bag.places, TileGroup())
-        nn.functional.cross_entropy(logits[None], torch.tensor([row.label])).backward()
+        nn.functional.cross_entropy(logits[None], torch.tensor([int(row.target[0])])).backward()
         stepper.step()  # leaves alone what has no gradient
         stepper.zero_grad()
         found.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
