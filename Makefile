@@ -39,7 +39,7 @@ bench: $(VENV)/ready-to-bench
 	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --check-policy recompute --out results/bench
 
 bench-full: $(VENV)/ready-to-bench
-	$(BENCH)/scale_k.py --k 64 192 512 4096 --steps 2 --memory-limit 6GiB --budget 3GiB \
+	$(BENCH)/scale_k.py --k 64 192 512 4096 --steps 2 --memory-limit 6GiB --budget 2900MiB \
 		--policy recompute auto --strategy single --ranks 1 2 --baseline plain hub --out results/growth \
 		--section growth --title "Tiles of full size, up to K = 4,096"
 	$(BENCH)/scale_k.py --k 64 256 --memory-limit 8GiB --policy keep --strategy ddp --ranks 2 \
