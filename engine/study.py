@@ -203,8 +203,8 @@ def write_page(page: Path, text: str, picture: Path, argv: Sequence[str]) -> Non
         "# More tiles a slide",
         "Written by this command, which trains on more and more of each slide, and beside that on a frozen encoder:",
         f"    python recipes/k_study.py {shlex.join(argv)}",
-        f"On {len(os.sched_getaffinity(0))} cores; {made}. Medians over seeds and, in brackets, their range, at the last "
-        "epoch.",
+        f"On {len(os.sched_getaffinity(0))} cores; {made}. Medians over seeds and, in brackets, their range, "
+        "at the last epoch.",
         f"![Training loss and validation against K]({shown.name})",
         text,
     ]
