@@ -4,6 +4,7 @@
 #   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
 #   make lint                                       style and types
 #   make bench                                      what steps cost on this machine: docs/benchmarks.md, in ten minutes
+#   make k-study                                    training against K and beside a frozen encoder: docs/k_study.md
 #   make bench-full                                 and with tiles of full size, up to a whole slide of 20,000: an hour
 PYTHON ?= python3
 RANKS ?=
@@ -15,10 +16,13 @@ RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 
 BENCH := $(RUN) python benchmarks
 
-.PHONY: egfr test test-full lint bench bench-full clean
+.PHONY: egfr k-study test test-full lint bench bench-full clean
 
 egfr: $(VENV)/ready
 	$(RUN) deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) recipes/egfr.py --deepspeed_config ds.json $(ARGS)
+
+k-study: $(VENV)/ready-to-study
+	$(RUN) python recipes/k_study.py --page docs/k_study.md $(ARGS)
 
 test: $(VENV)/ready-to-test
 	$(RUN) python -m pytest $(ARGS)
@@ -53,6 +57,10 @@ clean:
 $(VENV)/ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/ready-to-study: $(VENV)/ready
+	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[study]'
 	touch $@
 
 $(VENV)/ready-to-bench: $(VENV)/ready

@@ -96,6 +96,11 @@ def main(
         exit_telling(error)
 
 
+def has_manifest(argv: Sequence[str]) -> bool:
+    """Whether a command line names the user's own slides."""
+    return any(word.split("=")[0] == "--data.manifest" for word in argv)
+
+
 def exit_telling(error: UserError) -> NoReturn:
     """End this process with an error of the input, which is told once over all ranks."""
     # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
@@ -260,7 +265,7 @@ def _choose_settings(
     Raises:
         ConfigError: no such preset, or no manifest for it.
     """
-    has_manifest = any(word.split("=")[0] == "--data.manifest" for word in argv)
+    is_study = has_manifest(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     try:
@@ -268,11 +273,11 @@ def _choose_settings(
     except argparse.ArgumentError:
         raise ConfigError(f"--preset: name one of {', '.join(presets) or 'none, for this recipe has none'}") from None
     if given.preset is None:
-        return default if has_manifest else demo, rest
+        return default if is_study else demo, rest
     if given.preset not in presets:
         known = f"presets are: {', '.join(presets)}" if presets else "this recipe has no presets"
         raise ConfigError(f"--preset {given.preset}: {known}")
-    if not has_manifest and not {"--help", "-h"} & set(rest):
+    if not is_study and not {"--help", "-h"} & set(rest):
         raise ConfigError(f"--preset {given.preset} is for a study's slides: give --data.manifest slides.csv")
     return presets[given.preset], rest
 

@@ -7,25 +7,58 @@ the very slides that are then reported.
 """
 
 import logging
+import os
+import shlex
 import statistics
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
+import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.config import Config
 from slidescale.engine.data.cohort import write_csv
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.history import read_history
+from slidescale.engine.logger import configure_logging
+from slidescale.engine.main import exit_telling, has_manifest, run
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.report import save_png
-from slidescale.engine.run_folder import check_same_settings, find_run_folder
+from slidescale.engine.run_folder import check_same_settings, find_run_folder, git_commit
 from slidescale.engine.study_picture import Point, draw_against_k
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What is varied; all else is the same for every run."""
+
+    k: tuple[int | Literal["all"], ...] = (4, 16, 64, "all")
+    """Tiles in a training bag, an arm of the study each; validation always uses all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each arm is run with each of these as --run.seed, on the same splits."""
+    frozen_encoder: str | None = None
+    """Pretrained encoder of the arm in which only the aggregator trains, on all tiles; None: no such arm."""
+    page: Path | None = None
+    """Markdown page to write, with the picture beside it."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    """Of every run; --run.name is the study's, whose runs lie in a folder of that name."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if not self.k or any(k != "all" and k < 1 for k in self.k):
+            raise ConfigError(f"--k is {self.k}: must be 'all' or at least 1 tile, once or more")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ConfigError(f"--seeds is {self.seeds}: must be one seed or more, none negative")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("a study runs in one process, without a launcher; start its runs one by one over ranks")
 
 
 @dataclass(frozen=True)
@@ -61,12 +94,53 @@ class Outcome:
     seconds: float
 
 
-def arms_of(config: Config, ks: Sequence[int | Literal["all"]], frozen: Config | None) -> list[Arm]:
+def main(description: str, *, default: StudyConfig, demo: StudyConfig, argv: Sequence[str] | None = None) -> None:
+    """Run a study from the command line.
+
+    Args:
+        description: shown by --help.
+        default: the study's settings when a manifest is given.
+        demo: its settings without one, for the demo cohort.
+        argv: the command line; None takes the process's.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    configure_logging(main=True)
+    try:
+        base = default if has_manifest(argv) else demo
+        study = tyro.cli(StudyConfig, default=base, args=argv, description=description)
+        folder = study.config.run.out / study.config.run.name
+        begin = time.perf_counter()
+        outcomes = run_study(arms_of(study), study.seeds, folder, run)
+        metric = HEADLINES[study.config.data.supervision]
+        show(outcomes, metric, folder)
+        text = tell(outcomes, metric)
+        log.info(
+            "\n%s\n\nresults in %s: study.csv, k_study.png, and every run; %.0f minutes this time",
+            text,
+            folder,
+            (time.perf_counter() - begin) / 60,
+        )
+        if study.page is not None:
+            write_page(study.page, text, folder / "k_study.png", argv)
+    except UserError as error:
+        exit_telling(error)
+
+
+def arms_of(study: StudyConfig) -> list[Arm]:
     """An arm for each K, smallest first and "all" last, and one with a frozen encoder that sees all tiles."""
-    in_order = sorted(set(ks), key=lambda k: float("inf") if k == "all" else k)
+    config = study.config
+    in_order = sorted(set(study.k), key=lambda k: float("inf") if k == "all" else k)
     arms = [Arm(f"k-{k}", replace(config, data=replace(config.data, k=k))) for k in in_order]
-    if frozen is not None:
-        arms.append(Arm("frozen", replace(frozen, data=replace(frozen.data, k="all")), trained="frozen"))
+    if study.frozen_encoder is not None:
+        model = replace(
+            config.model, encoder=study.frozen_encoder, pretrained=True, weights=None, frozen=True, drop_path=0.0,
+            lora_rank=0,
+        )  # fmt: skip
+        data = replace(config.data, k="all", augment_symmetry=False, stain_jitter=0.0)
+        memory = replace(config.memory, policy="auto", checkpoint_blocks=False)
+        optim = replace(config.optim, layer_decay=1.0, encoder_frozen_epochs=0.0)
+        frozen = replace(config, model=model, data=data, memory=memory, optim=optim)
+        arms.append(Arm("frozen", frozen, trained="frozen"))
     return arms
 
 
@@ -99,20 +173,42 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
     write_csv(path, names, ([getattr(outcome, name) for name in names] for outcome in outcomes))
 
 
-def tell(outcomes: Sequence[Outcome], metric: str) -> tuple[list[str], list[list[str]]]:
-    """A table of medians, with the range over seeds: header and rows."""
-    header = ["trained", "K", "tiles a bag", "train loss", f"validation {metric}", "seeds", "minutes a run"]
-    rows = []
+def tell(outcomes: Sequence[Outcome], metric: str) -> str:
+    """A Markdown table of medians, with the range over seeds."""
+    lines = [["trained", "K", "tiles a bag", "train loss", f"validation {metric}", "seeds", "minutes a run"]]
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.arm == arm]
-        rows.append([
+        lines.append([
             mine[0].trained, "all" if mine[0].trained == "frozen" else arm.removeprefix("k-"),
             f"{statistics.median(outcome.tiles for outcome in mine):,.0f}",
             _median_and_range([outcome.train_loss for outcome in mine]),
             _median_and_range([outcome.metric for outcome in mine if outcome.metric is not None]),
             str(len(mine)), f"{statistics.median(outcome.seconds for outcome in mine) / 60:.1f}",
         ])  # fmt: skip
-    return header, rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )
+
+
+def write_page(page: Path, text: str, picture: Path, argv: Sequence[str]) -> None:
+    """A page with the study's command, table and picture."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    shown = page.with_name(picture.name)
+    shown.write_bytes(picture.read_bytes())
+    commit = git_commit()
+    made = f"PyTorch {torch.__version__.split('+')[0]}" + (f"; commit {commit[:12]}" if commit else "")
+    parts = [
+        "# More tiles a slide",
+        "Written by this command, which trains on more and more of each slide, and beside that on a frozen encoder:",
+        f"    python recipes/k_study.py {shlex.join(argv)}",
+        f"On {len(os.sched_getaffinity(0))} cores; {made}. Medians over seeds and, in brackets, their range, "
+        "at the last epoch.",
+        f"![Training loss and validation against K]({shown.name})",
+        text,
+    ]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:

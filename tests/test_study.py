@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,11 +13,19 @@ from slidescale.engine.errors import UserError
 from slidescale.engine.history import add_epoch, read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.run_folder import open_run_folder, record_run
-from slidescale.engine.study import Outcome, arms_of, run_study, show, tell
+from slidescale.engine.study import Outcome, StudyConfig, arms_of, run_study, show, tell
 
 from conftest import read_csv
 
 BASE = Config(run=RunConfig(name="base", epochs=3), data=DataConfig(k=8))
+
+
+def study(k: list[Any], *, config: Config = BASE, frozen: bool = False) -> StudyConfig:
+    return StudyConfig(k=tuple(k), frozen_encoder="test_resnet" if frozen else None, config=config)
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 class Runner:
@@ -46,7 +55,7 @@ class Runner:
 
 def test_every_arm_runs_with_every_seed_and_the_last_epoch_counts(tmp_path: Path) -> None:
     runner = Runner()
-    outcomes = run_study(arms_of(BASE, ["all", 16, 4, 16], BASE), [0, 1], tmp_path, runner)
+    outcomes = run_study(arms_of(study(["all", 16, 4, 16], frozen=True)), [0, 1], tmp_path, runner)
     assert [outcome.arm for outcome in outcomes] == ["k-4", "k-16", "k-all", "frozen"] * 2
     assert [config.data.k for config in runner.runs[:4]] == [4, 16, "all", "all"]
     assert [config.run.seed for config in runner.runs] == [0] * 4 + [1] * 4
@@ -58,7 +67,7 @@ def test_every_arm_runs_with_every_seed_and_the_last_epoch_counts(tmp_path: Path
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    arms = arms_of(BASE, [4, 16], None)
+    arms = arms_of(study([4, 16]))
     runner = Runner()
     runner.stop_in = ("k-16-seed-0", 2)
     with pytest.raises(KeyboardInterrupt):
@@ -72,15 +81,15 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
-    run_study(arms_of(BASE, [4], None), [0], tmp_path, Runner())
+    run_study(arms_of(study([4])), [0], tmp_path, Runner())
     other = replace(BASE, optim=replace(BASE.optim, lr=5e-4))
     with pytest.raises(UserError, match="--optim.lr was 0.0001 and is 0.0005"):
-        run_study(arms_of(other, [4], None), [0], tmp_path, Runner())
+        run_study(arms_of(study([4], config=other)), [0], tmp_path, Runner())
 
 
 def test_table_and_picture(tmp_path: Path) -> None:
-    outcomes = run_study(arms_of(BASE, [4, 16, "all"], BASE), [0, 1, 2], tmp_path, Runner())
-    header, rows = tell(outcomes, "AUROC")
+    outcomes = run_study(arms_of(study([4, 16, "all"], frozen=True)), [0, 1, 2], tmp_path, Runner())
+    header, _, *rows = cells(tell(outcomes, "AUROC"))
     by_name = [dict(zip(header, row, strict=True)) for row in rows]
     assert [row["K"] for row in by_name] == ["4", "16", "all", "all"]
     assert by_name[0]["train loss"] == "0.593 (0.583 to 0.603)"
@@ -96,9 +105,9 @@ def test_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_undefined_metrics_are_left_out(tmp_path: Path) -> None:
-    outcomes = [*run_study(arms_of(BASE, [4], None), [0, 9], tmp_path, Runner())]
-    assert tell(outcomes, "AUROC")[1][0][4] == "0.750 (0.750 to 0.750)"
-    assert tell(outcomes[1:], "AUROC")[1][0][4] == "undefined"
+    outcomes = [*run_study(arms_of(study([4])), [0, 9], tmp_path, Runner())]
+    assert cells(tell(outcomes, "AUROC"))[2][4] == "0.750 (0.750 to 0.750)"
+    assert cells(tell(outcomes[1:], "AUROC"))[2][4] == "undefined"
     show(outcomes, "AUROC", tmp_path)
     assert isinstance(outcomes[1], Outcome) and outcomes[1].metric is None
 
