@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from slidescale.engine.data.synthetic import FocusSize
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.planner import PolicyName
 from slidescale.engine.memory.usage import parse_size
@@ -76,6 +77,8 @@ class DataConfig:
     """Training bags a rank reads ahead of the step; each holds its pixels as uint8."""
     demo_slides: int = 64
     """Slides in the demo cohort that is drawn when there is no manifest."""
+    demo_foci: FocusSize = "large"
+    """Size of the demo cohort's foci, which alone tell its classes apart: small ones are harder to learn."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""

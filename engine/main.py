@@ -376,14 +376,15 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
         raise ConfigError(f"--data.supervision {data.supervision} needs --data.manifest: the demo cohort has classes")
     if len(data.classes) != 2:
         raise ConfigError(f"--data.classes: the demo cohort has two, not {len(data.classes)}")
-    folder = config.run.out / f"demo_cohort_{data.demo_slides}"
+    folder = config.run.out / f"demo_cohort_{data.demo_slides}{'_small_foci' * (data.demo_foci == 'small')}"
     log.info(
         "no --data.manifest given: training on the DEMO COHORT, %d slides that this program draws, in %s",
         data.demo_slides, folder,
     )  # fmt: skip
     if mesh.world.rank == 0:
         begin = time.perf_counter()
-        write_demo_cohort(folder, slides=data.demo_slides, classes=(data.classes[0], data.classes[1]))
+        classes = (data.classes[0], data.classes[1])
+        write_demo_cohort(folder, slides=data.demo_slides, classes=classes, foci=data.demo_foci)
         log.info("demo cohort ready (%.0f s)", time.perf_counter() - begin)
     mesh.world.barrier()
     return read_manifest(folder / "manifest.csv", data)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,8 @@ from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
 from slidescale.engine.main import exit_telling, has_manifest, run
 from slidescale.engine.metrics import HEADLINES
+from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.report import save_png
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, git_commit
 from slidescale.engine.study_picture import Point, draw_against_k
@@ -44,8 +47,11 @@ class StudyConfig:
     """Tiles in a training bag, an arm of the study each; validation always uses all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each arm is run with each of these as --run.seed, on the same splits."""
-    frozen_encoder: str | None = None
-    """Pretrained encoder of the arm in which only the aggregator trains, on all tiles; None: no such arm."""
+    frozen_encoder: str | None = "same"
+    """Encoder of the arm in which only the aggregator trains, on all tiles. same: the other arms' own, as they start
+    from it; a name as in --model.encoder: that one; None: no such arm."""
+    frozen_weights: Path | None = None
+    """State dict of a frozen encoder that is named; None: the weights that are published for it."""
     page: Path | None = None
     """Markdown page to write, with the picture beside it."""
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -55,10 +61,16 @@ class StudyConfig:
         """Refuse values without a meaning."""
         if not self.k or any(k != "all" and k < 1 for k in self.k):
             raise ConfigError(f"--k is {self.k}: must be 'all' or at least 1 tile, once or more")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ConfigError(f"--seeds is {self.seeds}: must be one seed or more, none negative")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError("a study runs in one process, without a launcher; start its runs one by one over ranks")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"--seeds is {self.seeds}: must be one seed or more, none negative, none twice")
+        if self.frozen_encoder in ("same", None) and self.frozen_weights is not None:
+            raise ConfigError(f"--frozen-weights is {self.frozen_weights}: must go with a named --frozen-encoder")
+        model = self.config.model
+        if self.frozen_encoder == "same" and not (model.pretrained or model.weights):
+            raise ConfigError(
+                f"--frozen-encoder is 'same', and {model.encoder} has random weights, of which nothing can be expected "
+                "frozen: add --model.pretrained or --model.weights, or name an encoder, or give None"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,60 +122,77 @@ def main(description: str, *, default: StudyConfig, demo: StudyConfig, argv: Seq
         study = tyro.cli(StudyConfig, default=base, args=argv, description=description)
         folder = study.config.run.out / study.config.run.name
         begin = time.perf_counter()
-        outcomes = run_study(arms_of(study), study.seeds, folder, run)
-        metric = HEADLINES[study.config.data.supervision]
-        show(outcomes, metric, folder)
-        text = tell(outcomes, metric)
-        log.info(
-            "\n%s\n\nresults in %s: study.csv, k_study.png, and every run; %.0f minutes this time",
-            text,
-            folder,
-            (time.perf_counter() - begin) / 60,
-        )
-        if study.page is not None:
-            write_page(study.page, text, folder / "k_study.png", argv)
+        world = _start_world(study.config)
+        outcomes = run_study(arms_of(study), study.seeds, folder, run, world)
+        if world.rank == 0:
+            metric = HEADLINES[study.config.data.supervision]
+            show(outcomes, metric, folder)
+            text = tell(outcomes, metric)
+            log.info(
+                "\n%s\n\nresults in %s: study.csv, k_study.png, and every run; %.0f minutes this time",
+                text, folder, (time.perf_counter() - begin) / 60,
+            )  # fmt: skip
+            if study.page is not None:
+                write_page(study.page, text, folder / "k_study.png", argv)
+        stop_world()
     except UserError as error:
         exit_telling(error)
 
 
 def arms_of(study: StudyConfig) -> list[Arm]:
-    """An arm for each K, smallest first and "all" last, and one with a frozen encoder that sees all tiles."""
+    """One arm with a frozen encoder that sees all tiles, then one for each K, smallest first and "all" last.
+
+    The frozen one is first because it is short, and the one that may lack weights.
+    """
     config = study.config
     in_order = sorted(set(study.k), key=lambda k: float("inf") if k == "all" else k)
     arms = [Arm(f"k-{k}", replace(config, data=replace(config.data, k=k))) for k in in_order]
-    if study.frozen_encoder is not None:
-        model = replace(
-            config.model, encoder=study.frozen_encoder, pretrained=True, weights=None, frozen=True, drop_path=0.0,
-            lora_rank=0,
-        )  # fmt: skip
-        data = replace(config.data, k="all", augment_symmetry=False, stain_jitter=0.0)
-        memory = replace(config.memory, policy="auto", checkpoint_blocks=False)
-        optim = replace(config.optim, layer_decay=1.0, encoder_frozen_epochs=0.0)
-        frozen = replace(config, model=model, data=data, memory=memory, optim=optim)
-        arms.append(Arm("frozen", frozen, trained="frozen"))
-    return arms
+    if study.frozen_encoder is None:
+        return arms
+    model = config.model
+    if study.frozen_encoder != "same":
+        weights = study.frozen_weights
+        model = replace(model, encoder=study.frozen_encoder, pretrained=weights is None, weights=weights)
+    frozen = replace(
+        config,
+        model=replace(model, frozen=True, drop_path=0.0, lora_rank=0),
+        data=replace(config.data, k="all", augment_symmetry=False, stain_jitter=0.0),
+        memory=replace(config.memory, policy="auto", checkpoint_blocks=False),
+        optim=replace(config.optim, layer_decay=1.0, encoder_lr_scale=1.0, encoder_frozen_epochs=0.0),
+    )
+    return [Arm("frozen", frozen, trained="frozen"), *arms]
 
 
-def run_study(arms: Iterable[Arm], seeds: Sequence[int], folder: Path, run: Callable[[Config], Path]) -> list[Outcome]:
+def run_study(
+    arms: Iterable[Arm],
+    seeds: Sequence[int],
+    folder: Path,
+    run: Callable[[Config], Path],
+    world: RankGroup | None = None,
+) -> list[Outcome]:
     """Run every arm with every seed under `folder`, a seed after another; what is finished there is not run again.
 
     Args:
         run: trains as a config says, and returns the run's folder.
+        world: all ranks, each of which calls this; None: this process alone.
+
+    Raises:
+        UserError: a run of other settings is in the way, or `run` does.
     """
-    arms = list(arms)
+    arms, world = list(arms), world or RankGroup()
     outcomes: list[Outcome] = []
     for seed in seeds:
         for arm in arms:
             name = f"{arm.name}-seed-{seed}"
             config = replace(arm.config, run=replace(arm.config.run, name=name, out=folder, seed=seed))
-            done = _find(folder, name)
-            if done is not None:
-                check_same_settings(done, config)
-            if done is None or len(read_history(done)) < config.run.epochs:
+            begun, finished = world.ask_main(partial(_look_for, config))
+            if not finished:
                 log.info("study: %s (run %d of %d)", name, len(outcomes) + 1, len(arms) * len(seeds))
-                done = run(replace(config, resume=done is not None))
-            outcomes.append(_outcome(arm, seed, done))
-            write_outcomes(folder / "study.csv", outcomes)
+                begun = run(replace(config, resume=begun is not None))
+            assert begun is not None
+            outcomes.append(world.ask_main(partial(_outcome, arm, seed, begun)))
+            if world.rank == 0:
+                write_outcomes(folder / "study.csv", outcomes)
     return outcomes
 
 
@@ -213,8 +242,12 @@ def write_page(page: Path, text: str, picture: Path, argv: Sequence[str]) -> Non
 
 def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
     """Draw the study as `k_study.png` under `folder`, and tell it to TensorBoard there; the picture."""
-    losses = [Point(each.trained == "frozen", each.tiles, each.train_loss) for each in outcomes]
-    scores = [Point(each.trained == "frozen", each.tiles, each.metric) for each in outcomes if each.metric is not None]
+    losses = [Point(each.arm, each.trained == "frozen", each.tiles, each.train_loss) for each in outcomes]
+    scores = [
+        Point(each.arm, each.trained == "frozen", each.tiles, each.metric)
+        for each in outcomes
+        if each.metric is not None
+    ]
     picture = draw_against_k(losses, scores, metric)
     save_png(picture, folder / "k_study.png")
     with SummaryWriter(str(folder / "study")) as board:
@@ -229,16 +262,37 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
     return picture
 
 
-def _find(folder: Path, name: str) -> Path | None:
+def _start_world(config: Config) -> RankGroup:
+    """All ranks that a launcher has started, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return RankGroup()
+    device = pick_device(int(os.environ.get("LOCAL_RANK", max(0, config.local_rank))))
+    start_world(device)
+    return make_mesh(device, "all").world
+
+
+def _look_for(config: Config) -> tuple[Path | None, bool]:
+    """The folder of a run that was begun, and whether it has come to its end.
+
+    Raises:
+        UserError: it was begun with other settings.
+    """
     try:
-        return find_run_folder(folder, name)
+        folder = find_run_folder(config.run.out, config.run.name)
     except UserError:
-        return None
+        return None, False
+    try:
+        check_same_settings(folder, config)
+    except UserError as error:
+        raise UserError(f"{error}\nTo study these settings, give another --run.name") from None
+    rows = read_history(folder)
+    return folder, bool(rows) and rows[-1]["epoch"] == config.run.epochs
 
 
 def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
     rows = read_history(folder)
     last = rows[-1]
+    assert last["epoch"] == arm.config.run.epochs, f"{folder} has come to its end"
     tiles, train_loss = last["tiles_a_slide"], last["train_loss"]
     assert tiles is not None and train_loss is not None, "every epoch has these"
     return Outcome(

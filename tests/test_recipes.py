@@ -39,20 +39,26 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_on_its_demo(name: str, launcher: str, out: Path) -> None:
+def launched(name: str, launcher: str, out: Path, *words: str) -> str:
+    """What a recipe prints when two ranks of it are started."""
     port = str(29600 + os.getpid() % 300)
     launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    words = [*launch, f"recipes/{name}.py", "--run.out", str(out), "--run.name", f"{name}-{launcher}", *LITTLE]
-    words += ["--deepspeed_config", "ds.json"] if launcher == "deepspeed" else []
+    command = [*launch, f"recipes/{name}.py", "--run.out", str(out), "--run.name", f"{name}-{launcher}", *LITTLE]
+    command += [*words, *(["--deepspeed_config", "ds.json"] if launcher == "deepspeed" else [])]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_on_its_demo(name: str, launcher: str, out: Path) -> None:
+    output = launched(name, launcher, out)
     assert "training on the DEMO COHORT" in output
     assert "epoch  1/1" in output
     assert ("zero2" if launcher == "deepspeed" else "ddp") in output
@@ -135,3 +141,18 @@ def test_help_tells_of_presets(runs: list[Config], capsys: pytest.CaptureFixture
     assert "egfr-eagle" in output, "its values are shown"
     with pytest.raises(ConfigError):
         main._choose_settings(["--preset", "x"], *([load("egfr").DEMO] * 2), {})
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_the_study_runs_arm_after_arm_over_ranks_and_goes_on(launcher: str, out: Path, tmp_path: Path) -> None:
+    page = tmp_path / "k_study.md"
+    words = ["--k", "4", "all", "--seeds", "0", "--page", str(page), "--data.min-tissue", "0.9"]
+    output = launched("k_study", launcher, out, *words)
+    rows = read_csv(out / f"k_study-{launcher}" / "study.csv")
+    assert [row["arm"] for row in rows] == ["frozen", "k-4", "k-all"]
+    assert float(rows[1]["tiles"]) == 4 < float(rows[2]["tiles"])
+    assert all(0 <= float(row["metric"]) <= 1 and float(row["train_loss"]) > 0 for row in rows)
+    assert "| end to end | 4" in output and "| end to end | 4" in page.read_text()
+    assert page.with_name("k_study.png").stat().st_size > 10_000
+    again = launched("k_study", launcher, out, *words)
+    assert "epoch  1/1" not in again and read_csv(out / f"k_study-{launcher}" / "study.csv") == rows

@@ -5,23 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.data.cohort import write_csv
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.history import add_epoch, read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.run_folder import open_run_folder, record_run
 from slidescale.engine.study import Outcome, StudyConfig, arms_of, run_study, show, tell
+from slidescale.engine.study_picture import Point, draw_against_k
 
 from conftest import read_csv
 
 BASE = Config(run=RunConfig(name="base", epochs=3), data=DataConfig(k=8))
 
 
-def study(k: list[Any], *, config: Config = BASE, frozen: bool = False) -> StudyConfig:
-    return StudyConfig(k=tuple(k), frozen_encoder="test_resnet" if frozen else None, config=config)
+def study(k: list[Any], *, config: Config = BASE, frozen: bool = False, **settings: Any) -> StudyConfig:
+    return StudyConfig(k=tuple(k), frozen_encoder="test_resnet" if frozen else None, config=config, **settings)
 
 
 def cells(table: str) -> list[list[str]]:
@@ -56,11 +58,11 @@ class Runner:
 def test_every_arm_runs_with_every_seed_and_the_last_epoch_counts(tmp_path: Path) -> None:
     runner = Runner()
     outcomes = run_study(arms_of(study(["all", 16, 4, 16], frozen=True)), [0, 1], tmp_path, runner)
-    assert [outcome.arm for outcome in outcomes] == ["k-4", "k-16", "k-all", "frozen"] * 2
-    assert [config.data.k for config in runner.runs[:4]] == [4, 16, "all", "all"]
+    assert [outcome.arm for outcome in outcomes] == ["frozen", "k-4", "k-16", "k-all"] * 2
+    assert [config.data.k for config in runner.runs[:4]] == ["all", 4, 16, "all"]
     assert [config.run.seed for config in runner.runs] == [0] * 4 + [1] * 4
-    assert outcomes[1].train_loss == pytest.approx(1 / 16 + 1 / 3), "that of the last epoch"
-    assert outcomes[1].seconds == pytest.approx(6.0), "of all epochs"
+    assert outcomes[2].train_loss == pytest.approx(1 / 16 + 1 / 3), "that of the last epoch"
+    assert outcomes[2].seconds == pytest.approx(6.0), "of all epochs"
     rows = read_csv(tmp_path / "study.csv")
     assert [row["arm"] for row in rows] == [outcome.arm for outcome in outcomes]
     assert float(rows[-1]["metric"]) == pytest.approx(0.99)
@@ -87,13 +89,63 @@ def test_runs_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
         run_study(arms_of(study([4], config=other)), [0], tmp_path, Runner())
 
 
+def test_a_run_whose_last_epoch_was_not_validated_is_gone_on_with(tmp_path: Path) -> None:
+    arms = arms_of(study([4]))
+    run_study(arms, [0], tmp_path, Runner())
+    folder = tmp_path / "k-4-seed-0"
+    rows = (folder / "history.csv").read_text().splitlines()
+    (folder / "history.csv").write_text("\n".join(rows[:-1]) + "\n")
+    again = Runner()
+    run_study(arms, [0], tmp_path, again)
+    assert [config.resume for config in again.runs] == [True]
+
+
+def test_the_frozen_arm_has_the_trained_arms_encoder_or_the_one_that_is_named(tmp_path: Path) -> None:
+    weights = tmp_path / "uni.bin"
+    model = replace(BASE.model, encoder="uni", weights=weights, drop_path=0.1)
+    optim = replace(BASE.optim, layer_decay=0.7, encoder_lr_scale=0.1)
+    config = replace(BASE, model=model, optim=optim)
+    frozen, trained = arms_of(StudyConfig(k=(4,), config=config))
+    assert (frozen.config.model.encoder, frozen.config.model.weights) == ("uni", weights)
+    assert frozen.config.model.frozen and frozen.config.data.k == "all" and not trained.config.model.frozen
+    named = StudyConfig(k=(4,), config=config, frozen_encoder="resnet50")
+    model = arms_of(named)[0].config.model
+    assert (model.encoder, model.pretrained, model.weights) == ("resnet50", True, None)
+    with_file = StudyConfig(k=(4,), config=config, frozen_encoder="virchow", frozen_weights=weights)
+    model = arms_of(with_file)[0].config.model
+    assert (model.encoder, model.pretrained, model.weights) == ("virchow", False, weights)
+    with pytest.raises(ConfigError, match="random weights"):
+        StudyConfig(k=(4,), config=BASE)
+    with pytest.raises(ConfigError, match="named --frozen-encoder"):
+        StudyConfig(k=(4,), config=config, frozen_weights=weights)
+
+
+def test_nonsense_is_refused() -> None:
+    for settings in ({"seeds": (0, 1, 0)}, {"seeds": ()}, {"seeds": (-1,)}):
+        with pytest.raises(ConfigError, match="--seeds"):
+            study([4], **settings)
+    for k in ([], [0]):
+        with pytest.raises(ConfigError, match="--k"):
+            study(k)
+
+
+def test_arms_of_one_bag_size_are_drawn_apart(tmp_path: Path) -> None:
+    """K beyond all slides' tiles is the bag of "all"."""
+    points = [Point(arm, False, 100.0, value) for arm in ("k-1024", "k-all") for value in (0.7, 0.8, 0.9)]
+    titles: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+        draw_against_k(points, points, "auroc")
+    assert "of 3 seeds" in titles[0]
+
+
 def test_table_and_picture(tmp_path: Path) -> None:
     outcomes = run_study(arms_of(study([4, 16, "all"], frozen=True)), [0, 1, 2], tmp_path, Runner())
     header, _, *rows = cells(tell(outcomes, "AUROC"))
     by_name = [dict(zip(header, row, strict=True)) for row in rows]
-    assert [row["K"] for row in by_name] == ["4", "16", "all", "all"]
-    assert by_name[0]["train loss"] == "0.593 (0.583 to 0.603)"
-    assert by_name[3]["trained"] == "frozen"
+    assert [row["K"] for row in by_name] == ["all", "4", "16", "all"]
+    assert by_name[1]["train loss"] == "0.593 (0.583 to 0.603)"
+    assert by_name[0]["trained"] == "frozen"
     picture = show(outcomes, "AUROC", tmp_path)
     assert picture.ndim == 3 and picture.std() > 10
     assert (tmp_path / "k_study.png").exists()

@@ -31,12 +31,12 @@ def slide(manifest) -> openslide.OpenSlide:
         yield opened
 
 
-@pytest.fixture(scope="session")
-def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
+@pytest.fixture(scope="session", params=["large", "small"])
+def pairs(request) -> list[tuple[np.ndarray, np.ndarray]]:
     """Twelve slides, six pictures each drawn as either class: uint8 [height, width, 3], benign first."""
 
     def draw(index: int, atypical: bool) -> np.ndarray:
-        return draw_slide(np.random.default_rng((7, index)), atypical=atypical)
+        return draw_slide(np.random.default_rng((7, index)), atypical=atypical, foci=request.param)
 
     return [(draw(index, False), draw(index, True)) for index in range(6)]
 
@@ -90,7 +90,7 @@ def test_only_the_foci_differ_between_the_classes(pairs):
         assert benign.shape == atypical.shape
         changed = (benign != atypical).any(-1)
         tissue = benign[..., 1] < BLANK_ABOVE
-        assert 0.02 < changed[tissue].mean() < 0.06
+        assert 0.02 < changed[tissue].mean() < 0.07
 
 
 def summary(image: np.ndarray) -> tuple[float, ...]:
@@ -129,7 +129,7 @@ def test_manifest_rows_lead_to_slides(manifest):
 
 @pytest.mark.parametrize("slides", [4, 7, 24, 64])
 def test_plan_is_balanced_and_keeps_cases_together(slides):
-    plans = _plan_cohort(slides, 0, ("wild_type", "mutant"))
+    plans = _plan_cohort(slides, 0, ("wild_type", "mutant"), "large")
     counts = Counter((plan.split, plan.label) for plan in plans)
     assert counts.total() == slides and len(counts) == 4
     for split in ("train", "val"):

@@ -3,7 +3,8 @@
 The slides of the two classes are the same picture but for small foci that cover a few percent of the
 tissue: crowded small round nuclei in the first class, enlarged pleomorphic nuclei in the second. The foci
 of both classes have the same outlines, as many pixels of nuclei and as much haematoxylin, so neither colour,
-darkness, tissue area nor file size gives a class away.
+darkness, tissue area nor file size gives a class away. Foci come in two sizes, which cover as much of the tissue: large
+ones fill tiles with their nuclei, small ones have a handful of nuclei each, and are harder to learn.
 
 A slide is drawn as two density fields, haematoxylin and eosin, and stained at the end by the Beer-Lambert
 law. The background lives on a grid of GRID px and is resampled, because only nuclei have finer detail.
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tifffile
@@ -26,6 +27,9 @@ from scipy import ndimage
 
 FORMAT_VERSION = 1
 """Part of cohort.json: raise it when the pictures change, so that an old cohort is drawn again."""
+
+FocusSize = Literal["large", "small"]
+FOCUS_RADIUS_PX: dict[FocusSize, tuple[float, float]] = {"large": (42, 75), "small": (24, 36)}
 
 MPP_UM = 0.5
 GRID = 2
@@ -45,6 +49,7 @@ class SlidePlan:
     split: str
     atypical: bool
     """Whether the foci hold enlarged nuclei: the slide is of the second class."""
+    foci: FocusSize
     seed: tuple[int, int]
     """(cohort seed, slide index)."""
 
@@ -100,10 +105,11 @@ def write_demo_cohort(
     seed: int = 0,
     workers: int | None = None,
     classes: tuple[str, str] = ("wild_type", "mutant"),
+    foci: FocusSize = "large",
 ) -> Path:
     """Draw the cohort under `folder` and return the path of its manifest.csv.
 
-    The files depend on `slides`, `seed` and `classes` only, to the byte. A folder that already holds this
+    The files depend on `slides`, `seed`, `classes` and `foci` only, to the byte. A folder that already holds this
     cohort is left alone; an incomplete or a different one is drawn again. Only one process may call this
     for a folder at a time.
 
@@ -113,6 +119,7 @@ def write_demo_cohort(
         slides: at least 4: one a class in each split; about three in eight go to `val`.
         workers: slides drawn at once; None takes the cores this process may run on.
         classes: labels of the slides without and with foci of enlarged nuclei.
+        foci: their size.
 
     Raises:
         ValueError: fewer than 4 slides, or two equal class names.
@@ -123,8 +130,8 @@ def write_demo_cohort(
         raise ValueError(f"classes must be two different names, not {classes}")
     folder = Path(folder)
     manifest, stamp = folder / "manifest.csv", folder / "cohort.json"
-    parameters = {"format": FORMAT_VERSION, "slides": slides, "seed": seed, "classes": list(classes)}
-    plans = _plan_cohort(slides, seed, classes)
+    parameters = {"format": FORMAT_VERSION, "slides": slides, "seed": seed, "classes": list(classes), "foci": foci}
+    plans = _plan_cohort(slides, seed, classes, foci)
     if _is_complete(stamp, parameters, [manifest, *(folder / plan.path for plan in plans)]):
         return manifest
     stamp.unlink(missing_ok=True)
@@ -155,7 +162,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
-def _plan_cohort(slides: int, seed: int, classes: tuple[str, str]) -> list[SlidePlan]:
+def _plan_cohort(slides: int, seed: int, classes: tuple[str, str], foci: FocusSize) -> list[SlidePlan]:
     """Deal splits, classes and cases out to the slides so that a slide's index tells nothing."""
     rng = np.random.default_rng(seed)
     in_val = max(2, round(slides * 3 / 8))
@@ -174,6 +181,7 @@ def _plan_cohort(slides: int, seed: int, classes: tuple[str, str]) -> list[Slide
             label=classes[class_index],
             split=split,
             atypical=class_index == 1,
+            foci=foci,
             seed=(seed, index),
         )
         for index, (case_id, split, class_index) in enumerate(rows)
@@ -191,7 +199,7 @@ def _write_manifest(path: Path, plans: list[SlidePlan]) -> None:
 
 def _write_slide(path: Path, plan: SlidePlan) -> None:
     """Draw one slide and write it as Aperio does: level 0, thumbnail, levels 1/4 and 1/16."""
-    image = draw_slide(np.random.default_rng(plan.seed), atypical=plan.atypical)
+    image = draw_slide(np.random.default_rng(plan.seed), atypical=plan.atypical, foci=plan.foci)
     height, width = image.shape[:2]
     head = f"Aperio Image Library (drawn by slidescale)\r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
     description = f"{head} JPEG/RGB Q=80|AppMag = 20|MPP = {MPP_UM}"
@@ -217,7 +225,7 @@ def _shrink(image: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image[:height, :width]).reduce(factor))
 
 
-def draw_slide(rng: np.random.Generator, *, atypical: bool) -> np.ndarray:
+def draw_slide(rng: np.random.Generator, *, atypical: bool, foci: FocusSize = "large") -> np.ndarray:
     """Draw one slide, uint8 [height, width, 3]; only the nuclei inside the foci depend on `atypical`."""
     height, width = rng.integers(1600, 2001, size=2).tolist()
     shape = (height, width)
@@ -228,12 +236,12 @@ def draw_slide(rng: np.random.Generator, *, atypical: bool) -> np.ndarray:
     # Distance to the nearest edge or disc: what still fits where.
     room = ndimage.distance_transform_edt(tissue > 0.5).astype(np.float32)
     area = float(tissue.sum())
-    foci = _place_discs(rng, room, rng.uniform(0.035, 0.055) * area, (42, 75))
+    discs = _place_discs(rng, room, rng.uniform(0.035, 0.055) * area, FOCUS_RADIUS_PX[foci])
     glands = _place_discs(rng, room, rng.uniform(0.10, 0.25) * area, (36, 80))
     aggregates = _place_discs(rng, room, rng.uniform(0.0, 0.05) * area, (30, 60))
     lumens = np.where(rng.random(len(glands)) < 0.7, rng.uniform(0.25, 0.5, len(glands)), 0.0)
     wobble = 0.16 * _noise(rng, grid, 45)
-    focus = _nearest(foci, grid)[0] + wobble
+    focus = _nearest(discs, grid)[0] + wobble
     gland, index = _nearest(glands, grid)
     in_gland, in_focus = _soft_step(1 - gland - wobble, 0.06), _soft_step(1 - focus, 0.15)
     cellular = np.maximum(in_gland, in_focus)

@@ -1,12 +1,14 @@
 """Groups of ranks that compute and talk together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slidescale.engine.errors import UserError
 from slidescale.engine.parallel.collectives import all_reduce_sum
 
 Item = TypeVar("Item")
@@ -49,6 +51,23 @@ class RankGroup:
         items = [item] * self.size
         dist.all_gather_object(items, item, group=self.process_group)
         return items
+
+    def ask_main(self, question: Callable[[], Item]) -> Item:
+        """What rank 0 answers, on every rank; the others do not look for themselves.
+
+        Raises:
+            UserError: rank 0 did.
+        """
+        answer: Item | UserError | None = None
+        if self.rank == 0:
+            try:
+                answer = question()
+            except UserError as error:
+                answer = error
+        first = self.gather_objects(answer)[0]
+        if isinstance(first, UserError):
+            raise first
+        return cast(Item, first)
 
     def barrier(self) -> None:
         """Wait for the other ranks of the group."""
