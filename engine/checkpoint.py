@@ -87,7 +87,7 @@ class Checkpoints:
         self._world.barrier()
 
     def mark_reported(self, progress: Progress) -> Progress:
-        """Note in `last` that its epoch has been told of, so that a resume begins with the next; every rank calls it."""
+        """Note in `last` that its epoch has been told of: a resume goes on with the next. Every rank calls it."""
         progress = replace(progress, unreported=None)
         if self._world.rank == 0:
             target = (self.folder / "last").resolve()
