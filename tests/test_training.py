@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,13 +18,23 @@ from tensorboard.plugins.hparams import metadata
 
 from slidescale.engine import main
 from slidescale.engine.checkpoint import Checkpoints
-from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from slidescale.engine.errors import TrainingError, UserError
 from slidescale.engine.history import read_history
 from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from worlds import World
 
 
 def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
@@ -147,6 +159,35 @@ def test_an_epoch_whose_validation_was_cut_off(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     for name in ("predictions.csv", "metrics.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def run_cut_off_and_resume(group: TileGroup, config: Config) -> None:
+    """Three runs in one world: one whole; one that all ranks leave in its first validation; and that one resumed."""
+    main.run(config)
+    cut = replace(config, run=replace(config.run, name="cut"))
+    with mock.patch.object(Trainer, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        main.run(cut)
+    main.run(replace(cut, resume=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_runs_follow_each_other_in_one_world(
+    demo_manifest: Path, tmp_path: Path, world: Callable[..., World], strategy: str
+) -> None:
+    """As those of a study do; and on several ranks, too, a resume validates what was cut off."""
+    config = make_config(demo_manifest, tmp_path, name="whole")
+    if strategy.startswith("zero"):
+        ds = tmp_path / "ds.json"
+        ds.write_text(json.dumps({"zero_optimization": {"stage": int(strategy[-1])}}))
+        config = replace(config, deepspeed_config=ds)
+    else:
+        config = replace(config, parallel=ParallelConfig(strategy="ddp" if strategy == "ddp" else "fsdp"))
+    world(2).run(run_cut_off_and_resume, config)
+    assert len(rows_of(tmp_path / "whole")) == 2
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert read_csv(tmp_path / "cut" / "predictions.csv") == read_csv(tmp_path / "whole" / "predictions.csv")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_frozen_start_and_half_the_slides_an_epoch(demo_manifest: Path, tmp_path: Path) -> None:
