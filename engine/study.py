@@ -138,7 +138,7 @@ def arms_of(study: StudyConfig) -> list[Arm]:
         )  # fmt: skip
         data = replace(config.data, k="all", augment_symmetry=False, stain_jitter=0.0)
         memory = replace(config.memory, policy="auto", checkpoint_blocks=False)
-        optim = replace(config.optim, layer_decay=1.0, encoder_frozen_epochs=0.0)
+        optim = replace(config.optim, encoder_lr_scale=1.0, layer_decay=1.0, encoder_frozen_epochs=0.0)
         frozen = replace(config, model=model, data=data, memory=memory, optim=optim)
         arms.append(Arm("frozen", frozen, trained="frozen"))
     return arms

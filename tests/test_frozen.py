@@ -37,6 +37,7 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.schedule import GroupSchedule, make_schedule
 
 from conftest import damage, read_csv
+from test_recipes import load
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
@@ -292,6 +293,7 @@ def test_a_full_disk_is_told(
         ("data", {"stain_jitter": 0.1}),
         ("model", {"drop_path": 0.1}),
         ("model", {"lora_rank": 2}),
+        ("optim", {"encoder_lr_scale": 0.5}),
         ("optim", {"layer_decay": 0.7}),
         ("optim", {"encoder_frozen_epochs": 1}),
         ("memory", {"policy": "keep"}),
@@ -303,6 +305,33 @@ def test_what_needs_an_encoder_that_trains_is_refused(section: str, values: dict
     name = next(iter(values)).replace("_", "-")
     with pytest.raises(ConfigError, match=f"--{section}.{name} is .*: --model.frozen"):
         dataclasses.replace(frozen, **{section: dataclasses.replace(getattr(frozen, section), **values)})
+
+
+@pytest.mark.parametrize("name", ["egfr", "breast", "finetune_vit"])
+@pytest.mark.parametrize("settings", ["STUDY", "DEMO"])
+def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
+    name: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the words that the error tells make it a run."""
+    ran: list[Config] = []
+    monkeypatch.setattr(main, "run", ran.append)
+    monkeypatch.setattr(main, "configure_logging", lambda is_main: None)
+    default = getattr(load(name), settings)
+    words = ["--model.frozen", "--run.epochs", "1"]
+
+    def start(*extra: str) -> None:
+        main.main("A recipe.", default=default, demo=default, argv=[*words, *extra])
+
+    if (name, settings) != ("egfr", "STUDY"):
+        with pytest.raises(SystemExit, match="--model.frozen") as caught:
+            start()
+        before, told = str(caught.value).split("to leave them at their defaults, add: ")
+        assert len(before.splitlines()) == told.count("--")
+        if (name, settings) == ("finetune_vit", "STUDY"):
+            assert told.count("--") == 6
+        words += told.split()
+    start()
+    assert ran[0].model.frozen and ran[0].optim.encoder_lr_scale == 1
 
 
 def test_the_plan_counts_features_and_no_encoder() -> None:
