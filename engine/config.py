@@ -69,7 +69,8 @@ class DataConfig:
     """Turn and mirror each training tile at random, by one of the eight symmetries of a square."""
     stain_jitter: float = 0.0
     """Change each training tile's stains at random: multiply the amounts of haematoxylin, eosin and DAB by up to 1 ±
-    this, and add up to ± this (which tints white, too); 0: neither. 0.05 is mild, 0.2 strong (Tellez et al. 2019)."""
+    this, and add up to ± this (which tints white, too); 0: neither. 0.05 is mild, 0.2 strong (HED-light
+    and HED-strong of Tellez et al. 2019, Medical Image Analysis 58)."""
     readers: int = 2
     """Threads a rank that read tiles in the background."""
     prefetch: int = 1
