@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slidescale.engine.errors import UserError
+from slidescale.engine.history import EpochTotals
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.weights import WEIGHTS, read_metadata, write_weights
@@ -25,6 +26,7 @@ class Progress:
         slides_a_step: slides of an optimizer step, S × A.
         best_score: of the best epoch so far (see `Trainer`); empty before the first.
         excluded: slides set aside, with the reason.
+        unreported: what the last epoch's training came to, until it has been validated and told of.
     """
 
     epoch: int = 0
@@ -32,6 +34,7 @@ class Progress:
     slides_a_step: int
     best_score: tuple[float, ...] = ()
     excluded: dict[str, str]
+    unreported: EpochTotals | None = None
 
 
 class Checkpoints:
@@ -83,6 +86,20 @@ class Checkpoints:
             self._prune()
         self._world.barrier()
 
+    def mark_reported(self, progress: Progress) -> Progress:
+        """Note in `last` that its epoch has been told of: a resume goes on with the next. Every rank calls it."""
+        progress = replace(progress, unreported=None)
+        if self._world.rank == 0:
+            target = (self.folder / "last").resolve()
+            self._write_progress(target, progress, _read_progress(target)["format"])
+        self._world.barrier()
+        return progress
+
+    def last_is_best(self) -> bool:
+        """Whether `best` names the same epoch as `last`, as the main rank sees it; every rank calls it."""
+        here = [(self.folder / name).resolve() for name in ("last", "best")]
+        return self._world.gather_objects(here[0] == here[1])[0]
+
     def load(self, strategy: Strategy, name: str) -> Progress:
         """Restore "last" or "best"; every rank calls it.
 
@@ -100,6 +117,8 @@ class Checkpoints:
             )
         strategy.load(folder)
         progress = content["progress"]
+        if unreported := progress.get("unreported"):
+            progress["unreported"] = EpochTotals(**unreported)
         return Progress(**(progress | {"best_score": tuple(progress["best_score"])}))
 
     def _finish_weights(self) -> None:

@@ -63,14 +63,15 @@ class DataConfig:
     epoch_share: float = 1.0
     """Share of the training slides that an epoch takes, newly drawn each epoch, above 0, at most 1."""
     min_tissue: float = 0.5
-    """Smallest share of a tile's area that must be tissue, 0 to 1."""
+    """Smallest share of a tile's area that must be tissue, above 0, at most 1."""
     max_excluded: float = 0.1
     """Largest share of the manifest's slides that may prove unusable before the run stops, 0 to 1."""
     augment_symmetry: bool = False
     """Turn and mirror each training tile at random, by one of the eight symmetries of a square."""
     stain_jitter: float = 0.0
     """Change each training tile's stains at random: multiply the amounts of haematoxylin, eosin and DAB by up to 1 ±
-    this, and add up to ± this (which tints white, too); 0: neither. 0.05 is mild, 0.2 strong (Tellez et al. 2019)."""
+    this, and add up to ± this (which tints white, too); 0: neither. 0.05 is mild, 0.2 strong (HED-light
+    and HED-strong of Tellez et al. 2019, Medical Image Analysis 58)."""
     readers: int = 2
     """Threads a rank that read tiles in the background."""
     prefetch: int = 1
@@ -140,10 +141,10 @@ class ModelConfig:
     transformer_layers: int = 0
     """Transformer layers in which a slide's tiles attend to each other before they are pooled."""
     transformer_heads: int = 8
-    """Attention heads of each transformer layer."""
+    """Attention heads of each transformer layer (with transformer_layers only)."""
     transformer_spread: SpreadName = "split"
     """Over ranks, each transforms its own tiles and sees the others' keys and values (split), or each gathers all
-    features and transforms them all (gathered); the results are equal."""
+    features and transforms them all (gathered); the results are equal (with transformer_layers only)."""
     pooling: PoolingName = "gated_attention"
     """How tiles' features become the slide's."""
     slide_norm: bool = False
@@ -172,10 +173,6 @@ class ModelConfig:
             _require(self.hidden_dim % divisor == 0, "model.hidden_dim", self.hidden_dim, rule)
         _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
         _require(self.attention_dim >= 1, "model.attention_dim", self.attention_dim, "must be at least 1")
-        if self.pooling != "gated_attention":
-            rule = "is for --model.pooling gated_attention"
-            _require(self.attention_branches == 1, "model.attention_branches", self.attention_branches, rule)
-            _require(self.attention_dropout == 0, "model.attention_dropout", self.attention_dropout, rule)
         _require(
             self.attention_branches >= 1, "model.attention_branches", self.attention_branches, "must be at least 1"
         )
@@ -259,7 +256,7 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate of the aggregator."""
     encoder_lr_scale: float = 1.0
-    """Peak learning rate of the encoder, as a share of `lr`."""
+    """Peak learning rate of the encoder, as a share of `lr` (not with model.frozen)."""
     layer_decay: float = 1.0
     """Factor on the encoder's learning rate from each of its layers to the one before (layer-wise decay), 0 to 1."""
     weight_decay: float = 0.04
@@ -348,21 +345,34 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
+        if self.model.frozen:
+            once = "--model.frozen computes each tile's features once, from the tile as it is"
+            left = "--model.frozen leaves the encoder as it is"
+            graphs = "--model.frozen stores no activations of the encoder"
+            _refuse_unread(
+                self,
+                {
+                    "data.augment_symmetry": once,
+                    "data.stain_jitter": once,
+                    "model.drop_path": left,
+                    "model.lora_rank": left,
+                    "optim.encoder_lr_scale": left,
+                    "optim.layer_decay": left,
+                    "optim.encoder_frozen_epochs": left,
+                    "memory.policy": graphs,
+                    "memory.checkpoint_blocks": graphs,
+                },
+            )
+        if self.model.pooling != "gated_attention":
+            rule = f"is for --model.pooling gated_attention, and that is {self.model.pooling}"
+            names = ("attention_dim", "attention_branches", "attention_dropout")
+            _refuse_unread(self, {f"model.{name}": rule for name in names})
+        if not self.model.transformer_layers:
+            rule = "is for transformer layers, of which there are none (--model.transformer-layers)"
+            _refuse_unread(self, {"model.transformer_heads": rule, "model.transformer_spread": rule})
         frozen, epochs = self.optim.encoder_frozen_epochs, self.run.epochs
         rule = f"the encoder would never train: must be below --run.epochs, {epochs}"
         _require(frozen < epochs, "optim.encoder_frozen_epochs", frozen, rule)
-        if self.model.frozen:
-            once = "--model.frozen computes each tile's features once, from the tile as it is"
-            _require(not self.data.augment_symmetry, "data.augment_symmetry", self.data.augment_symmetry, once)
-            _require(not self.data.stain_jitter, "data.stain_jitter", self.data.stain_jitter, once)
-            left = "--model.frozen leaves the encoder as it is"
-            _require(not self.model.drop_path, "model.drop_path", self.model.drop_path, left)
-            _require(not self.model.lora_rank, "model.lora_rank", self.model.lora_rank, left)
-            _require(self.optim.layer_decay == 1, "optim.layer_decay", self.optim.layer_decay, left)
-            _require(not frozen, "optim.encoder_frozen_epochs", frozen, left)
-            graphs = "--model.frozen stores no activations of the encoder"
-            _require(self.memory.policy == "auto", "memory.policy", self.memory.policy, graphs)
-            _require(not self.memory.checkpoint_blocks, "memory.checkpoint_blocks", self.memory.checkpoint_blocks, graphs)  # fmt: skip  # noqa: E501
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON can hold them."""
@@ -384,3 +394,25 @@ def flatten(settings: dict[str, Any]) -> dict[str, Any]:
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
         raise ConfigError(f"--{name.replace('_', '-')} is {value!r}: {rule}")
+
+
+def _refuse_unread(config: Config, rules: dict[str, str]) -> None:
+    """Refuse settings that another one leaves without effect, all of them at once: a recipe may have set several.
+
+    Args:
+        rules: why it has none, by the setting's dotted name.
+
+    Raises:
+        ConfigError: tells of each that is not at its default, and what to type for a run without them.
+    """
+    lines, words = [], []
+    for name, rule in rules.items():
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        default = getattr(type(getattr(config, section)), key)
+        if value != default:
+            flag = f"--{name.replace('_', '-')}"
+            lines.append(f"{flag} is {value!r}: {rule}")
+            words.append(flag.replace(".", ".no-") if default is False else f"{flag} {default}")
+    if lines:
+        raise ConfigError("\n".join(lines) + f"\nto leave them at their defaults, add: {' '.join(words)}")

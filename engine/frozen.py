@@ -6,6 +6,7 @@ What trains, on what, and how it is judged is the same as end to end: splits, ba
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,15 @@ from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, UserError
 from slidescale.engine.evaluation import CHUNKS_AHEAD
+from slidescale.engine.logger import Meter
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.parallel.shared_count import SharedCount
 
 log = logging.getLogger(__name__)
+
+# How often a rank that has no slide left looks whether the others have ended.
+POLL_S = 0.2
 
 
 def fingerprint(encoder: nn.Module) -> str:
@@ -45,8 +51,9 @@ def encode_cohort(
 ) -> None:
     """Put the features of every usable slide's tissue tiles into the store, those that are not there.
 
-    Ranks encode whole slides, each its share, and talk only when all are done. A slide that cannot be read is set
-    aside, on every rank.
+    Ranks encode whole slides, each the largest that none has begun, so that all end at about the same time, and none
+    waits in a collective, which has a time limit, before all have ended. A slide that cannot be read is set aside, on
+    every rank.
 
     Args:
         chunk: tiles that go through the encoder at once.
@@ -58,30 +65,44 @@ def encode_cohort(
     # The main rank looks for all: a file that appears meanwhile, another run's, would divide the ranks.
     missing = mesh.world.gather_objects([] if mesh.world.rank else _missing(rows, cohort, store))[0]
     tiles = {slide_id: len(cohort.tilings[slide_id].coords) for slide_id in missing}
+    queue = sorted(missing, key=lambda slide_id: (-tiles[slide_id], slide_id))
     log.info(
         "frozen encoder: %s has features of %d slides; %d slides (%s tiles) are to be encoded, %d tiles at a time",
         store.folder, len(rows) - len(missing), len(missing), f"{sum(tiles.values()):,}", chunk,
     )  # fmt: skip
     begin = time.perf_counter()
-    faults: list[tuple[str, str]] = []
+    begun, encoded, ended = (SharedCount(mesh.world) for _ in range(3))
+    meter = Meter("encoding", sum(tiles.values()), "tile", main=mesh.world.rank == 0)
+    faults: dict[str, str] = {}
     trouble = None
     model.eval()
-    for slide_id in _deal(tiles, mesh.world.size)[mesh.world.rank]:
+    while (place := begun.add(1) - 1) < len(queue):
+        slide_id = queue[place]
         row, tiling = rows[slide_id], cohort.tilings[slide_id]
         try:
-            store.save(row.path, tiling, encode_slide(model, row, tiling, reader, chunk=chunk, device=device))
+            parts = []
+            for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
+                parts.append(part)
+                meter.reach(encoded.add(len(part)))
+            store.save(row.path, tiling, torch.cat(parts))
         except SlideError as error:
-            faults.append((slide_id, str(error)))
-        except OSError as error:  # a full disk, say; the other ranks hear of it below
+            faults[slide_id] = str(error)
+            encoded.add(tiles[slide_id] - sum(map(len, parts)))
+        except OSError as error:  # a full disk, say; the other ranks begin no more, and hear of it below
             trouble = f"cannot write features to {store.folder}: {error}"
-            break
+            begun.add(len(queue))
+    ended.add(1)
+    while ended.add(0) < mesh.world.size:
+        time.sleep(POLL_S)
+        meter.reach(encoded.add(0))
+    meter.close()
     everyones = mesh.world.gather_objects((faults, trouble))
     for _, each in everyones:
         if each is not None:
             raise UserError(each)
-    for theirs, _ in everyones:
-        for slide_id, reason in theirs:
-            cohort.exclude(slide_id, reason)
+    found = {slide_id: reason for theirs, _ in everyones for slide_id, reason in theirs.items()}
+    for slide_id in (slide_id for slide_id in missing if slide_id in found):  # in the manifest's order
+        cohort.exclude(slide_id, found[slide_id])
     cohort.check_splits()
     if missing:
         seconds = time.perf_counter() - begin
@@ -95,19 +116,18 @@ def encode_cohort(
 
 def encode_slide(
     model: SlideModel, row: ManifestRow, tiling: Tiling, reader: TileReader, *, chunk: int, device: torch.device
-) -> Tensor:
-    """Features fp32 `[N, D]`, on the CPU, of all tiles of a slide, which are read while others are encoded.
+) -> Iterator[Tensor]:
+    """Features fp32 `[n, D]`, on the CPU, of all tiles of a slide, chunk by chunk; the next ones are read meanwhile.
 
     Raises:
         SlideError: the slide cannot be read.
     """
     coords = tiling.coords
     requests = (TileRequest(row.path, coords[at : at + chunk]) for at in range(0, len(coords), chunk))
-    parts = []
-    with torch.no_grad():
-        for reading in reader.ahead(requests, CHUNKS_AHEAD):
-            parts.append(model.encode(reading.wait().to(device, non_blocking=True)).float().cpu())
-    return torch.cat(parts)
+    for reading in reader.ahead(requests, CHUNKS_AHEAD):
+        tiles = reading.wait().to(device, non_blocking=True)
+        with torch.no_grad():
+            yield model.encode(tiles).float().cpu()
 
 
 def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) -> list[str]:
@@ -128,14 +148,3 @@ def _is_there(row: ManifestRow, store: FeatureStore) -> bool:
         return store.file(row.path).exists()
     except SlideError:
         return False
-
-
-def _deal(tiles: dict[str, int], ranks: int) -> list[list[str]]:
-    """Slides for each rank, with about as many tiles for each: the largest first, to the rank that has least."""
-    hands: list[list[str]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for slide_id in sorted(tiles, key=lambda slide_id: (-tiles[slide_id], slide_id)):
-        rank = loads.index(min(loads))
-        hands[rank].append(slide_id)
-        loads[rank] += tiles[slide_id]
-    return hands

@@ -1,11 +1,30 @@
 """history.csv of a run: what each epoch came to, a row an epoch."""
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 from slidescale.engine.data.cohort import write_csv
 
 NAME = "history.csv"
+
+
+@dataclass
+class EpochTotals:
+    """Sums over an epoch's steps.
+
+    Attributes:
+        losses: of each step.
+        slides, tiles: that were trained on.
+        seconds: that the steps took.
+        waiting: of these, for tiles to be read.
+    """
+
+    losses: list[float]
+    slides: int = 0
+    tiles: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
 
 
 def add_epoch(folder: Path, epoch: int, values: dict[str, float | None]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+# Of a meter that has no terminal to draw a bar on.
+LINE_EVERY_S = 60.0
 
 # TensorBoard's CUSTOM SCALARS tab: curves that are read together, by patterns of their names.
 LAYOUT = {
@@ -117,6 +123,40 @@ class RunLog:
         self.bar.close()
         if self._board:
             self._board.close()
+
+
+class Meter:
+    """How far something long has come: a bar on a terminal, elsewhere a line a minute; silent but on the main rank.
+
+    Args:
+        what: is being done, "encoding".
+        total: of what is counted.
+        unit: one of these, "tile".
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, main: bool) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._lines = main and not sys.stderr.isatty()
+        self._begin = self._told = time.monotonic()
+        self._bar = tqdm(
+            desc=what, total=total, unit=unit, smoothing=0,
+            dynamic_ncols=True, leave=False, disable=not main or self._lines,
+        )  # fmt: skip
+
+    def reach(self, done: int) -> None:
+        """Tell that so many of them are done, where it is time to."""
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        if self._lines and now - self._told >= LINE_EVERY_S:
+            self._told = now
+            log.info(
+                "%s: %s of %s %ss (%.0f%%), %.0f a second", self._what, f"{done:,}", f"{self._total:,}", self._unit,
+                100 * done / max(self._total, 1), done / (now - self._begin),
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
 
 
 def _table(settings: dict[str, Any], defaults: dict[str, Any]) -> str:

@@ -6,10 +6,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import tyro
@@ -28,6 +29,7 @@ from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.feed import Feed
 from slidescale.engine.frozen import encode_cohort, fingerprint
 from slidescale.engine.logger import RunLog, configure_logging
+from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.run_plan import make_offload, plan_encoding, plan_run
 from slidescale.engine.memory.two_pass import seeded
 from slidescale.engine.memory.usage import GIB, keep_freed_memory, reset_peak, return_freed_memory
@@ -45,7 +47,7 @@ from slidescale.engine.parallel.mesh import (
     start_world,
     stop_world,
 )
-from slidescale.engine.parallel.select import make_strategy, select_strategy
+from slidescale.engine.parallel.select import StrategyName, make_strategy, select_strategy
 from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.run_folder import (
     check_same_settings,
@@ -61,6 +63,8 @@ from slidescale.engine.trainer import Trainer, best_names
 from slidescale.kernels.dispatch import KernelName, choose_kernels
 
 log = logging.getLogger(__name__)
+
+MakeModel = Callable[[Config], SlideModel]
 
 # The launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike.
 GRACE_S = 10.0
@@ -120,105 +124,37 @@ def run(config: Config) -> Path:
         UserError: something about the input or the settings; no work is lost.
     """
     check_launcher()
-    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
-    strategy_name = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and has_bf16(device))
-    ds_content = read_ds_config(config.deepspeed_config) if config.deepspeed_config else None
-    if ds_content is not None:
-        bf16 = uses_bf16(complete_ds_config(ds_content, config, None, bf16=bf16))
+    place = _choose_place(config)
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
-    mesh = Mesh()
-    if strategy_name != "single":
-        start_world(device)
-        mesh = make_mesh(device, config.parallel.tile_ranks)
-        _check_alike(config, mesh)
-    manifest = manifest or _demo_manifest(config, mesh)
+    place = _meet(config, place)
+    manifest = manifest or _demo_manifest(config, place.mesh)
     objective = _fit_objective(config, manifest)
-    if device.type == "cpu":
-        # What is resident keeps to a budget, or else what was used once is used again, which is faster.
-        has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
-        (return_freed_memory if has_limit else keep_freed_memory)()
-    try:
-        kernels = choose_kernels(config.run.kernels, device)
-    except ValueError as error:
-        raise ConfigError(f"--run.kernels: {error}") from None
-    make = partial(make_model, classes=objective.outputs, bf16=bf16, kernels=kernels)
-    model = make(config).to(device)
+    _choose_allocation(config, place.device)
+    make = partial(make_model, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels)
+    model = make(config).to(place.device)
     _describe_encoder(config, model.encoder)
-    frozen_encoder = _fingerprint_alike(model, mesh) if config.model.frozen else None
-    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, mesh)
+    frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
+    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, place.mesh)
     if config.resume:
-        objective = _resumed_objective(folder, mesh) or objective
-    objective = objective.to(device)
+        objective = _resumed_objective(folder, place.mesh) or objective
     log.info(
-        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, mesh.world.size, device.type,
+        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, place.mesh.world.size, place.device.type,
         config.run.out,
     )  # fmt: skip
-
-    data = config.data
-    spec = TileSpec(
-        tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue, default_mpp_um=data.default_mpp_um
-    )
-    cohort = Cohort(manifest, mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
-    cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
-    _describe(cohort)
-    reader = TileReader(spec, threads=data.readers, pin=device.type == "cuda")
+    cohort, reader = _open_cohort(config, place, manifest, folder)
     if frozen_encoder is not None:
-        store = FeatureStore(
-            config.run.out / "features", spec, encoder=model.encoder.name, fingerprint=frozen_encoder,
-            precision="bf16" if bf16 else "fp32", dim=model.encoder.dim,
-        )  # fmt: skip
-        chunk = plan_encoding(config, make, mesh=mesh, device=device)
-        encode_cohort(model, cohort, store, reader, mesh, chunk=chunk, device=device)
-        reader.close()
-        reader = FeatureReader(store, threads=data.readers, pin=device.type == "cuda")
+        reader = _encode_cohort(config, place, make, model, frozen_encoder, cohort, reader)
         model = model.without_encoder()
-        reset_peak(device)  # training's own counts from here
-
-    slides_a_step = mesh.slides * config.optim.accumulate
-    slides = epoch_size(len(cohort.usable("train")), data.epoch_share)
-    schedule = make_schedule(config, steps_an_epoch=math.ceil(slides / slides_a_step))
-    ds_config = complete_ds_config(ds_content, config, schedule, bf16=bf16) if ds_content is not None else None
-    strategy = make_strategy(strategy_name, model, config, schedule, mesh, device, ds_config=ds_config, bf16=bf16)
-    log.info(
-        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", "frozen " * config.model.frozen + config.model.encoder,
-        _count_parameters(model) / 1e6, config.model.pooling, "bf16 autocast" if bf16 else "fp32", strategy.name,
-        f", {slides_a_step} slides a step" if slides_a_step > 1 else "", kernels,
-    )  # fmt: skip
-    plan = plan_run(
-        config,
-        (lambda settings: make(settings).without_encoder()) if config.model.frozen else make,
-        strategy=strategy.name,
-        ds_config=ds_config,
-        k=max(bag_size(cohort.tilings[row.slide_id], data.k) for row in cohort.usable("train")),
-        mesh=mesh,
-        device=device,
-    )
-    checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
-    progress = Progress(slides_a_step=slides_a_step, excluded={})
+        reset_peak(place.device)  # training's own counts from here
+    strategy, ds_config = _make_strategy(config, place, model, cohort)
+    plan = _plan(config, place, make, strategy, ds_config, cohort)
+    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world)
+    progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
     if config.resume:
-        progress = _resume(checkpoints, strategy, cohort, slides_a_step)
-    if mesh.world.rank == 0:
+        progress = _resume(checkpoints, strategy, cohort, progress.slides_a_step)
+    if place.mesh.world.rank == 0:
         record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
-    offload = make_offload(config, folder, mesh, device)
-    train_step = TrainStep(strategy, objective, mesh, chunk=plan.chunk, offload=offload)
-    feed = Feed(config, cohort, reader, mesh, plan)
-    slides = epoch_size(len(cohort.usable("train")), data.epoch_share)  # a resume may have set some aside
-    run_log = RunLog(
-        folder, main=mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
-        step=progress.step,
-    )  # fmt: skip
-    run_log.hyperparameters(
-        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(data.supervision)
-    )
-    try:
-        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
-        run_log.finished()
-    finally:
-        reader.close()
-        run_log.close()
-        if offload:
-            offload.close()
+    _train(config, place, cohort, reader, strategy, objective.to(place.device), plan, checkpoints, progress, folder)
     log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
 
@@ -280,6 +216,49 @@ def _choose_settings(
     if not is_study and not {"--help", "-h"} & set(rest):
         raise ConfigError(f"--preset {given.preset} is for a study's slides: give --data.manifest slides.csv")
     return presets[given.preset], rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a run computes, and in which arithmetic.
+
+    Attributes:
+        bf16: whether matrix products are in bf16.
+        ds_content: of ds.json, as it was read; None without one.
+        mesh: this process alone, until the ranks have met.
+    """
+
+    device: torch.device
+    strategy: StrategyName
+    bf16: bool
+    kernels: KernelName
+    ds_content: dict[str, Any] | None
+    mesh: Mesh = field(default_factory=Mesh)
+
+
+def _choose_place(config: Config) -> _Place:
+    """What can be chosen before the ranks meet, so that what does not go together is told at once."""
+    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
+    strategy = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and has_bf16(device))
+    ds_content = read_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    if ds_content is not None:
+        bf16 = uses_bf16(complete_ds_config(ds_content, config, None, bf16=bf16))
+    try:
+        kernels = choose_kernels(config.run.kernels, device)
+    except ValueError as error:
+        raise ConfigError(f"--run.kernels: {error}") from None
+    return _Place(device=device, strategy=strategy, bf16=bf16, kernels=kernels, ds_content=ds_content)
+
+
+def _meet(config: Config, place: _Place) -> _Place:
+    """The place with its ranks, which have met, unless one process trains alone."""
+    if place.strategy == "single":
+        return place
+    start_world(place.device)
+    mesh = make_mesh(place.device, config.parallel.tile_ranks)
+    _check_alike(config, mesh)
+    return replace(place, mesh=mesh)
 
 
 def _check_alike(config: Config, mesh: Mesh) -> None:
@@ -359,6 +338,14 @@ def _fit_objective(config: Config, manifest: Manifest) -> Objective:
     )
 
 
+def _choose_allocation(config: Config, device: torch.device) -> None:
+    """Before the model is built, what a CPU's memory does when it is freed."""
+    if device.type == "cpu":
+        # What is resident keeps to a budget, or else what was used once is used again, which is faster.
+        has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
+        (return_freed_memory if has_limit else keep_freed_memory)()
+
+
 def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
     """The objective that the run was begun with, whose scale or bins the manifest may no longer give.
 
@@ -412,6 +399,107 @@ def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_en
     return folder
 
 
+def _open_cohort(config: Config, place: _Place, manifest: Manifest, folder: Path) -> tuple[Cohort, TileReader]:
+    """The slides, of which every one's tissue has been found, and what reads their tiles."""
+    data = config.data
+    spec = TileSpec(
+        tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue, default_mpp_um=data.default_mpp_um
+    )
+    cohort = Cohort(manifest, place.mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
+    cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
+    _describe(cohort)
+    return cohort, TileReader(spec, threads=data.readers, pin=place.device.type == "cuda")
+
+
+def _describe(cohort: Cohort) -> None:
+    for split in ("train", "val", "test"):
+        if rows := cohort.usable(split):
+            tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)
+            log.info(
+                "%-5s %d slides, %s tissue tiles a slide (median %d)", split, len(rows),
+                f"{tiles[0]} to {tiles[-1]}", tiles[len(tiles) // 2],
+            )  # fmt: skip
+
+
+def _encode_cohort(
+    config: Config,
+    place: _Place,
+    make: MakeModel,
+    model: SlideModel,
+    frozen_encoder: str,
+    cohort: Cohort,
+    reader: TileReader,
+) -> FeatureReader:
+    """What reads features, in place of tiles, once every slide has some.
+
+    Args:
+        frozen_encoder: its fingerprint.
+        reader: of tiles; is closed.
+    """
+    store = FeatureStore(
+        config.run.out / "features", reader.spec, encoder=model.encoder.name, fingerprint=frozen_encoder,
+        precision="bf16" if place.bf16 else "fp32", dim=model.encoder.dim,
+    )  # fmt: skip
+    chunk = plan_encoding(config, make, mesh=place.mesh, device=place.device)
+    encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
+    reader.close()
+    return FeatureReader(store, threads=config.data.readers, pin=place.device.type == "cuda")
+
+
+def _slides_a_step(config: Config, mesh: Mesh) -> int:
+    """Of an optimizer step, over all ranks."""
+    return mesh.slides * config.optim.accumulate
+
+
+def _slides_an_epoch(config: Config, cohort: Cohort) -> int:
+    return epoch_size(len(cohort.usable("train")), config.data.epoch_share)
+
+
+def _make_strategy(
+    config: Config, place: _Place, model: SlideModel, cohort: Cohort
+) -> tuple[Strategy, dict[str, Any] | None]:
+    """The model in the hands of its strategy, and ds.json as completed."""
+    slides_a_step = _slides_a_step(config, place.mesh)
+    schedule = make_schedule(config, steps_an_epoch=math.ceil(_slides_an_epoch(config, cohort) / slides_a_step))
+    ds_config = None
+    if place.ds_content is not None:
+        ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16)
+    strategy = make_strategy(
+        place.strategy, model, config, schedule, place.mesh, place.device, ds_config=ds_config, bf16=place.bf16
+    )
+    log.info(
+        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", "frozen " * config.model.frozen + config.model.encoder,
+        _count_parameters(model) / 1e6, config.model.pooling, "bf16 autocast" if place.bf16 else "fp32", strategy.name,
+        f", {slides_a_step} slides a step" if slides_a_step > 1 else "", place.kernels,
+    )  # fmt: skip
+    return strategy, ds_config
+
+
+def _count_parameters(model: torch.nn.Module) -> int:
+    """Whole parameters also where ZeRO-3 has split them (`ds_numel`)."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def _plan(
+    config: Config,
+    place: _Place,
+    make: MakeModel,
+    strategy: Strategy,
+    ds_config: dict[str, Any] | None,
+    cohort: Cohort,
+) -> Plan:
+    """What of a step is kept in memory, for the largest bag."""
+    return plan_run(
+        config,
+        (lambda settings: make(settings).without_encoder()) if config.model.frozen else make,
+        strategy=strategy.name,
+        ds_config=ds_config,
+        k=max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train")),
+        mesh=place.mesh,
+        device=place.device,
+    )
+
+
 def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_a_step: int) -> Progress:
     progress = checkpoints.load(strategy, "last")
     if progress.slides_a_step != slides_a_step:
@@ -427,19 +515,38 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
     return progress
 
 
-def _describe(cohort: Cohort) -> None:
-    for split in ("train", "val", "test"):
-        if rows := cohort.usable(split):
-            tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)
-            log.info(
-                "%-5s %d slides, %s tissue tiles a slide (median %d)", split, len(rows),
-                f"{tiles[0]} to {tiles[-1]}", tiles[len(tiles) // 2],
-            )  # fmt: skip
-
-
-def _count_parameters(model: torch.nn.Module) -> int:
-    """Whole parameters also where ZeRO-3 has split them (`ds_numel`)."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+def _train(
+    config: Config,
+    place: _Place,
+    cohort: Cohort,
+    reader: TileReader,
+    strategy: Strategy,
+    objective: Objective,
+    plan: Plan,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    folder: Path,
+) -> None:
+    """Train, and leave nothing open, whatever happens."""
+    offload = make_offload(config, folder, place.mesh, place.device)
+    train_step = TrainStep(strategy, objective, place.mesh, chunk=plan.chunk, offload=offload)
+    feed = Feed(config, cohort, reader, place.mesh, plan)
+    slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
+    run_log = RunLog(
+        folder, main=place.mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
+        step=progress.step,
+    )  # fmt: skip
+    run_log.hyperparameters(
+        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision)
+    )
+    try:
+        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
+        run_log.finished()
+    finally:
+        reader.close()
+        run_log.close()
+        if offload:
+            offload.close()
 
 
 def has_bf16(device: torch.device) -> bool:

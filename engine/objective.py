@@ -1,5 +1,6 @@
 """What a slide's logits are trained to say: the loss of one slide, and what its logits mean."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 
 SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
+
+# Of the largest of some numbers: differences that are nothing but how they were written or computed.
+ROUNDING = 1e-9
 
 
 class Objective(nn.Module, ABC):
@@ -200,7 +204,8 @@ def fit_objective(
         survival_bins: number of bins.
 
     Raises:
-        ValueError: the targets cannot be cut into as many bins (see `survival_edges`).
+        ValueError: the targets have no scale (see `regression_scale`), or cannot be cut into as many bins (see
+            `survival_edges`).
     """
     match supervision:
         case "classes":
@@ -208,8 +213,7 @@ def fit_objective(
         case "multi_label":
             return MultiLabel(class_weights, outputs)
         case "regression":
-            values = np.array(train_targets, dtype=np.float64)
-            return Regression(float(values.mean()), float(values.std()))
+            return Regression(*regression_scale(train_targets))
         case "survival":
             return Survival(survival_edges(train_targets, survival_bins))
 
@@ -221,6 +225,22 @@ def make_objective(record: dict[str, Any]) -> Objective:
     }
     settings = {name: value for name, value in record.items() if name != "supervision"}
     return kinds[record["supervision"]](**settings)
+
+
+def regression_scale(targets: Sequence[tuple[float, ...]]) -> tuple[float, float]:
+    """Mean and standard deviation of numbers.
+
+    Raises:
+        ValueError: they differ by no more than rounding, which errors would be divided by; or overflow.
+    """
+    values = np.array(targets, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, sd = float(values.mean()), float(values.std())
+    if not math.isfinite(sd):
+        raise ValueError("numbers are too large for a standard deviation; use another unit")
+    if sd <= ROUNDING * np.abs(values).max():
+        raise ValueError(f"all are {mean:g}, up to a standard deviation of {sd:.1g}; there is nothing to predict")
+    return mean, sd
 
 
 def survival_edges(targets: Sequence[tuple[float, ...]], bins: int) -> list[float]:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
-from slidescale.engine.history import add_epoch
+from slidescale.engine.history import EpochTotals, add_epoch
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.metrics import HEADLINES, describe
@@ -30,17 +30,6 @@ _NORM_NAMES = {
     "aggregator": "train/gradient_norm_aggregator",
     "encoder": "train/gradient_norm_encoder",
 }
-
-
-@dataclass
-class EpochTotals:
-    """Sums over an epoch's steps."""
-
-    losses: list[float]
-    slides: int = 0
-    tiles: int = 0
-    seconds: float = 0.0
-    waiting: float = 0.0
 
 
 def best_names(supervision: SupervisionName) -> tuple[str, str]:
@@ -82,25 +71,35 @@ class Trainer:
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the last epoch; then test the best epoch, if there is a test split."""
-        step, best_score = progress.step, progress.best_score
+        if progress.unreported is not None:
+            log.info("epoch %d was trained and not yet validated when the run was cut off", progress.epoch)
+            progress = self._validate(progress, progress.unreported)
         for epoch in range(progress.epoch, self.config.run.epochs):
-            totals = self._train_epoch(epoch, step)
-            step += len(totals.losses)
+            totals = self._train_epoch(epoch, progress.step)
             progress = replace(
-                progress, epoch=epoch + 1, step=step, best_score=best_score, excluded=self.cohort.excluded
-            )
+                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.excluded,
+                unreported=totals,
+            )  # fmt: skip
             self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
-            result = self.evaluate("val")
-            if improved := result.score >= best_score:
-                best_score = result.score
-                self.checkpoints.mark_best(self.strategy, replace(progress, best_score=best_score))
-            self._report(epoch, step, totals, result, improved=improved)
+            progress = self._validate(progress, totals)
         if self.cohort.usable("test"):
             self.checkpoints.load(self.strategy, "best")
             result = self.evaluate("test")
             log.info("test, best epoch: %s", result)
             if self.mesh.world.rank == 0:
-                self._write_results(result, "_test", step)
+                self._write_results(result, "_test", progress.step)
+
+    def _validate(self, progress: Progress, totals: EpochTotals) -> Progress:
+        """Validate the epoch of the last checkpoint, mark it if it is the best, and tell of it.
+
+        Where this is cut off, a resume does it again; an epoch that has been marked then stays the best.
+        """
+        result = self.evaluate("val")
+        if improved := result.score >= progress.best_score or self.checkpoints.last_is_best():
+            progress = replace(progress, best_score=result.score)
+            self.checkpoints.mark_best(self.strategy, progress)
+        self._report(progress.epoch - 1, progress.step, totals, result, improved=improved)
+        return self.checkpoints.mark_reported(progress)
 
     def evaluate(self, split: Split) -> Evaluation:
         """Predict the slides of a split from all their tissue tiles."""

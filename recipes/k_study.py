@@ -31,7 +31,7 @@ if __name__ == "__main__":
                 run=replace(DEMO.run, name="k-study", epochs=30, heatmaps=0),
                 data=replace(DEMO.data, demo_foci="small", mpp_um=1.0, tile_px=32),
                 memory=MemoryConfig(chunk=256),
-                optim=replace(DEMO.optim, lr=5e-4, encoder_lr_scale=0.6),
+                optim=replace(DEMO.optim, lr=2e-4, encoder_lr_scale=1.5),
             ),
         ),
     )

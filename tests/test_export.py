@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.export import ExportRequest, export_encoder
+from slidescale.engine.models.foundation import FOUNDATION_MODELS
 from slidescale.engine.trained import load_run
 
 from runs import write_run
@@ -27,27 +28,24 @@ ALONE = """
 import json, sys
 import numpy as np
 description = json.load(open("encoder.json"))
-load, call = description["python"][:-1], description["python"][-1]
-scope = {}
-exec("\\n".join(load), scope)
-torch = scope["torch"]
+import torch
 torch.set_num_threads(1)
-scope["tiles"] = torch.from_numpy(np.load("tiles.npy"))
+scope = {"tiles": torch.from_numpy(np.load("tiles.npy"))}
 with torch.no_grad():
-    exec(call, scope)
+    exec("\\n".join(description["python"]), scope)
 np.save("features.npy", scope["features"].numpy())
 assert not [name for name in sys.modules if name.startswith(("slidescale", "peft"))]
 """
 
 
-def tiles() -> torch.Tensor:
-    """uint8 `[5, 64, 64, 3]`."""
-    return torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def tiles(side: int) -> torch.Tensor:
+    """uint8 `[5, side, side, 3]`."""
+    return torch.randint(0, 256, (5, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def features_alone(folder: Path) -> np.ndarray:
+def features_alone(folder: Path, tiles: torch.Tensor) -> np.ndarray:
     """Of the tiles, in a process that follows the description to the letter, and has nothing of this project's."""
-    np.save(folder / "tiles.npy", tiles().permute(0, 3, 1, 2).numpy())
+    np.save(folder / "tiles.npy", tiles.permute(0, 3, 1, 2).numpy())
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -56,10 +54,12 @@ def features_alone(folder: Path) -> np.ndarray:
 
 def error(folder: Path, out: Path) -> float:
     """Of the exported encoder's features beside the run's own."""
+    run = load_run(folder, torch.device("cpu"))
+    seen = tiles(run.config.data.tile_px)
     with torch.no_grad():
-        expected = load_run(folder, torch.device("cpu")).model.encode(tiles()).numpy()
+        expected = run.model.encode(seen).numpy()
     assert expected.std(axis=0).mean() > 1e-3, "tiles are told apart"
-    return float(np.abs(features_alone(out) - expected).max() / np.abs(expected).max())
+    return float(np.abs(features_alone(out, seen) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,28 @@ def error(folder: Path, out: Path) -> float:
         {"encoder": "test_vit"},
         {"encoder": "test_vit", "lora_rank": 4},
         {"encoder": "test_convnext", "lora_rank": 2, "drop_path": 0.1},
+        {"encoder": "uni2"},
+        {"encoder": "virchow2", "lora_rank": 2},
     ],
     ids=lambda model: "-".join(map(str, model.values())),
 )
-def test_timm_alone_gives_the_same_features(tmp_path: Path, model: dict[str, Any]) -> None:
-    folder = write_run(tmp_path / "r", **model)
+def test_timm_alone_gives_the_same_features(
+    small_foundation_models: None, tmp_path: Path, model: dict[str, Any]
+) -> None:
+    foundation = model["encoder"] in FOUNDATION_MODELS
+    folder = write_run(tmp_path / "r", tile_px=56 if foundation else 64, **model)
     out = tmp_path / "out" / "encoder.safetensors"
     export_encoder(ExportRequest(run=folder, out=out))
     assert error(folder, out.parent) <= TOLERANCE
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     description = json.loads(out.with_suffix(".json").read_text())
-    assert (description["timm_name"], description["tile_px"], description["mpp_um"]) == (model["encoder"], 64, 0.5)
-    for name, value in description.items():
-        assert metadata[name] == value or json.loads(metadata[name]) == value
-    assert ("img_size" in description["options"]) == (model["encoder"] == "test_vit")
+    name = FOUNDATION_MODELS[model["encoder"]].architecture if foundation else model["encoder"]
+    assert (description["timm_name"], description["tile_px"]) == (name, 56 if foundation else 64)
+    assert description["mpp_um"] == 0.5
+    for key, value in description.items():
+        assert metadata[key] == value or json.loads(metadata[key]) == value
+    assert ("img_size" in description["options"]) == (foundation or name == "test_vit")
     assert not [name for name in load_file(out) if "lora" in name or "base_layer" in name]
 
 

@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from slidescale.engine import main
+from slidescale.engine import frozen, logger, main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
@@ -27,16 +29,21 @@ from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
-from slidescale.engine.frozen import _deal, fingerprint
+from slidescale.engine.frozen import encode_cohort, encode_slide, fingerprint
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import Job, choose
 from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.optim import make_optimizer, parameter_groups
+from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.parallel.shared_count import SharedCount
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.schedule import GroupSchedule, make_schedule
 
 from conftest import damage, read_csv
+from test_recipes import load
+from worlds import World
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
@@ -252,12 +259,87 @@ def test_reading_features(tmp_path: Path, demo_manifest: Path) -> None:
     reader.close()
 
 
-def test_work_is_dealt_evenly() -> None:
-    tiles = {f"s{index}": size for index, size in enumerate([900, 5, 400, 300, 300, 10])}
-    hands = _deal(tiles, 3)
-    assert sorted(name for hand in hands for name in hand) == sorted(tiles)
-    assert max(sum(tiles[name] for name in hand) for hand in hands) == 900
-    assert _deal({}, 2) == [[], []]
+def encode_beside_a_slow_rank(group: TileGroup, config: Config) -> tuple[list[int], float]:
+    """Tiles of the slides that this rank encodes, and the longest that it waits in a collective meanwhile."""
+    slides: list[int] = []
+    waits = [0.0]
+    gather_objects = RankGroup.gather_objects
+
+    def gather(self: RankGroup, item: Any) -> Any:
+        begin = time.monotonic()
+        try:
+            return gather_objects(self, item)
+        finally:
+            waits.append(time.monotonic() - begin)
+
+    def encode(model: SlideModel, row: ManifestRow, tiling: Tiling, *args: Any, **settings: Any) -> Any:
+        slides.append(len(tiling.coords))
+        if group.rank == 1:
+            time.sleep(4 if len(slides) == 1 else 0)
+        elif len(slides) == 1:
+            time.sleep(0.2)  # so that the other has one
+        return encode_slide(model, row, tiling, *args, **settings)
+
+    def encode_all(*args: Any, **settings: Any) -> None:
+        waits[:] = [0.0]
+        encode_cohort(*args, **settings)
+        raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(RankGroup, "gather_objects", gather),
+        mock.patch.object(frozen, "encode_slide", encode),
+        mock.patch.object(main, "encode_cohort", encode_all),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        main.run(config)
+    return slides, max(waits)
+
+
+def test_a_slow_rank_is_waited_for_outside_of_collectives(
+    demo_manifest: Path, tmp_path: Path, weights: Path, world: Callable[..., World]
+) -> None:
+    """These have a time limit; and the others take the slides that it does not come to, largest first."""
+    config = make_config(demo_manifest, tmp_path, weights)
+    (fast, waited), (slow, _) = world(2).run(encode_beside_a_slow_rank, config)
+    tiles = [len(load_file(file)["coords"]) for file in kept(tmp_path).values()]
+    assert sorted(fast + slow) == sorted(tiles), "each slide once"
+    assert len(slow) < len(fast)
+    assert fast == sorted(fast, reverse=True)
+    assert waited < 2, "not the 4 s that the other is late"
+
+
+def count_together(group: TileGroup) -> tuple[list[int], int]:
+    shared, other = SharedCount(group), SharedCount(group)
+    drawn = [shared.add(1) for _ in range(100)]
+    other.add(5)
+    group.barrier()
+    return drawn, other.add(0)
+
+
+def test_a_count_is_shared(world: Callable[..., World]) -> None:
+    for _ in range(2):  # begins anew each time
+        (first, _), (second, total) = world(2).run(count_together)
+        assert sorted(first + second) == list(range(1, 201))
+        assert total == 10
+    assert [count_together(TileGroup())[0][index] for index in (0, 99)] == [1, 100]
+
+
+def test_encoding_tells_how_far_it_is(
+    demo_manifest: Path,
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without a terminal, in lines."""
+    monkeypatch.setattr(logger, "LINE_EVERY_S", 0.0)
+    with caplog.at_level("INFO", logger="slidescale"):
+        main.run(make_config(demo_manifest, tmp_path, weights))
+    told = re.findall(r"encoding: ([\d,]+) of ([\d,]+) tiles \((\d+)%\), \d+ a second", caplog.text)
+    assert len(told) >= len(kept(tmp_path))
+    done = [int(words[0].replace(",", "")) for words in told]
+    assert done == sorted(set(done))
+    assert told[-1][0] == told[-1][1] and told[-1][2] == "100"
 
 
 def test_unreadable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, weights: Path) -> None:
@@ -292,6 +374,7 @@ def test_a_full_disk_is_told(
         ("data", {"stain_jitter": 0.1}),
         ("model", {"drop_path": 0.1}),
         ("model", {"lora_rank": 2}),
+        ("optim", {"encoder_lr_scale": 0.5}),
         ("optim", {"layer_decay": 0.7}),
         ("optim", {"encoder_frozen_epochs": 1}),
         ("memory", {"policy": "keep"}),
@@ -303,6 +386,33 @@ def test_what_needs_an_encoder_that_trains_is_refused(section: str, values: dict
     name = next(iter(values)).replace("_", "-")
     with pytest.raises(ConfigError, match=f"--{section}.{name} is .*: --model.frozen"):
         dataclasses.replace(frozen, **{section: dataclasses.replace(getattr(frozen, section), **values)})
+
+
+@pytest.mark.parametrize("name", ["egfr", "breast", "finetune_vit"])
+@pytest.mark.parametrize("settings", ["STUDY", "DEMO"])
+def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
+    name: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the words that the error tells make it a run."""
+    ran: list[Config] = []
+    monkeypatch.setattr(main, "run", ran.append)
+    monkeypatch.setattr(main, "configure_logging", lambda is_main: None)
+    default = getattr(load(name), settings)
+    words = ["--model.frozen", "--run.epochs", "1"]
+
+    def start(*extra: str) -> None:
+        main.main("A recipe.", default=default, demo=default, argv=[*words, *extra])
+
+    if (name, settings) != ("egfr", "STUDY"):
+        with pytest.raises(SystemExit, match="--model.frozen") as caught:
+            start()
+        before, told = str(caught.value).split("to leave them at their defaults, add: ")
+        assert len(before.splitlines()) == told.count("--")
+        if (name, settings) == ("finetune_vit", "STUDY"):
+            assert told.count("--") == 6
+        words += told.split()
+    start()
+    assert ran[0].model.frozen and ran[0].optim.encoder_lr_scale == 1
 
 
 def test_the_plan_counts_features_and_no_encoder() -> None:

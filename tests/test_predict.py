@@ -164,7 +164,7 @@ def test_half_written_weights_are_dropped(tmp_path: Path) -> None:
         {"encoder": "test_resnet", "drop_path": 0.2},
         {"encoder": "test_vit", "lora_rank": 2, "drop_path": 0.2, "dropout": 0.3},
         {"encoder": "test_vit", "transformer_layers": 1, "transformer_heads": 2, "attention_branches": 3},
-        {"encoder": "test_convnext", "slide_norm": True, "pooling": "max"},
+        {"encoder": "test_convnext", "slide_norm": True, "pooling": "max", "attention_dim": 384},
     ],
 )
 def test_a_run_is_loaded_as_it_was(tmp_path: Path, model: dict[str, Any]) -> None:

@@ -260,12 +260,31 @@ def test_manifest_of_numbers(tmp_path: Path) -> None:
     assert [row.target for row in manifest.rows] == [(61.0,), (70.0,), (-3.5,)]
     faulty = write(tmp_path, "age", "61,train", "61.0,train", ",val", '"3,5",val', "inf,test", "nan,test")
     assert problems(faulty, config) == [
-        "all train slides have age 61; there is nothing to predict",
+        "age of the train split: all are 61, up to a standard deviation of 0; there is nothing to predict",
         "row 4: age is empty",
         "row 5: age '3,5' is not a finite number",
         "row 6: age 'inf' is not a finite number",
         "row 7: age 'nan' is not a finite number",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            ["0.3", repr(0.1 + 0.2), "0.3"],
+            "all are 0.3, up to a standard deviation of 3e-17; there is nothing to predict",
+        ),
+        (["1e308", "-1e308"], "numbers are too large for a standard deviation; use another unit"),
+    ],
+)
+def test_numbers_without_a_scale(tmp_path: Path, values: list[str], problem: str) -> None:
+    """Errors are divided by the standard deviation: by 3e-17, a loss would be of 1e30."""
+    config = DataConfig(supervision="regression", label_column="age")
+    path = write(tmp_path, "age", *[f"{value},train" for value in values])
+    assert problems(path, config) == [f"age of the train split: {problem}"]
+    near = write(tmp_path, "age", "1000.00001,train", "1000,train")
+    assert len(read_manifest(near, config).rows) == 2
 
 
 def test_manifest_of_survival(tmp_path: Path) -> None:
@@ -277,11 +296,11 @@ def test_manifest_of_survival(tmp_path: Path) -> None:
     faulty = write(tmp_path, "months,dead", "3,1,train", "0,0,train", "5,,val", "soon,yes,val", "-1,0,test")
     assert problems(faulty, config) == [
         "train split: 1 observed events at 1 different times do not fill 2 bins; use fewer --data.survival-bins",
-        "row 3: months '0' is not a time above 0",
+        "row 3: months '0' is not a time above 0; leave the row out, or give half a unit",
         "row 4: dead is empty",
         "row 5: dead 'yes' is not 1 (observed) or 0 (censored)",
-        "row 5: months 'soon' is not a time above 0",
-        "row 6: months '-1' is not a time above 0",
+        "row 5: months 'soon' is not a time above 0; leave the row out",
+        "row 6: months '-1' is not a time above 0; leave the row out",
     ]
     with pytest.raises(ManifestError, match=r"no column 'event' \(--data.event-column\)"):
         read_manifest(path, replace(config, event_column="event"))

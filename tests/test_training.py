@@ -2,24 +2,39 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
 from slidescale.engine import main
-from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.checkpoint import Checkpoints
+from slidescale.engine.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from slidescale.engine.errors import TrainingError, UserError
+from slidescale.engine.history import read_history
 from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from worlds import World
 
 
 def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
@@ -92,6 +107,87 @@ def test_resumed_run_equals_an_uninterrupted_one(
     expected, found = weights_in(whole), weights_in(folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert read_csv(whole / "predictions.csv") == read_csv(folder / "predictions.csv")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """history.csv without what a clock or the process's size says."""
+    rows = read_csv(folder / "history.csv")
+    assert all(float(row["seconds"]) > 0 and float(row["tiles_per_s"]) > 0 for row in rows)
+    return [
+        {name: cell for name, cell in row.items() if name not in ("seconds", "tiles_per_s", "peak_gib")} for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "epochs", "killed"),
+    [("evaluate", 1, 1), ("evaluate", 3, 2), ("evaluate", 3, 3), ("_report", 1, 1), ("mark_reported", 3, 2)],
+)
+def test_an_epoch_whose_validation_was_cut_off(
+    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, epochs: int, killed: int
+) -> None:
+    """A resume validates it first, from the totals in its checkpoint; history and the best epoch are the same then."""
+    optim = OptimConfig(lr=1e-3)  # so that epochs differ
+    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=epochs, optim=optim))
+    config = make_config(demo_manifest, tmp_path / "cut", epochs=epochs, optim=optim)
+    owner = Checkpoints if where == "mark_reported" else Trainer
+    original, calls = getattr(owner, where), []
+
+    def power_cut(*args: Any, **settings: Any) -> Any:
+        calls.append(where)
+        if len(calls) == killed:
+            raise KeyboardInterrupt
+        return original(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(config)
+    folder = tmp_path / "cut" / "t"
+    assert (folder / "checkpoints" / "last").resolve().name == f"epoch-{killed:04d}"
+    assert len(read_history(folder)) == killed - (where != "mark_reported"), "no row yet"
+    if where == "_report":  # the epoch was marked best, by a score that rounds otherwise on other ranks, say
+        progress = folder / "checkpoints" / "best" / "progress.json"
+        content = json.loads(progress.read_text())
+        content["progress"]["best_score"][-1] += 1e-9
+        progress.write_text(json.dumps(content))
+    main.run(replace(config, resume=True))
+    assert len(rows_of(whole)) == epochs
+    assert rows_of(folder) == rows_of(whole)
+    links = {name: (whole / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    assert {name: (folder / "checkpoints" / name).resolve().name for name in links} == links
+    expected, found = load_file(whole / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name in ("predictions.csv", "metrics.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def run_cut_off_and_resume(group: TileGroup, config: Config) -> None:
+    """Three runs in one world: one whole; one that all ranks leave in its first validation; and that one resumed."""
+    main.run(config)
+    cut = replace(config, run=replace(config.run, name="cut"))
+    with mock.patch.object(Trainer, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        main.run(cut)
+    main.run(replace(cut, resume=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_runs_follow_each_other_in_one_world(
+    demo_manifest: Path, tmp_path: Path, world: Callable[..., World], strategy: str
+) -> None:
+    """As those of a study do; and on several ranks, too, a resume validates what was cut off."""
+    config = make_config(demo_manifest, tmp_path, name="whole")
+    if strategy.startswith("zero"):
+        ds = tmp_path / "ds.json"
+        ds.write_text(json.dumps({"zero_optimization": {"stage": int(strategy[-1])}}))
+        config = replace(config, deepspeed_config=ds)
+    else:
+        config = replace(config, parallel=ParallelConfig(strategy="ddp" if strategy == "ddp" else "fsdp"))
+    world(2).run(run_cut_off_and_resume, config)
+    assert len(rows_of(tmp_path / "whole")) == 2
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert read_csv(tmp_path / "cut" / "predictions.csv") == read_csv(tmp_path / "whole" / "predictions.csv")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_frozen_start_and_half_the_slides_an_epoch(demo_manifest: Path, tmp_path: Path) -> None:

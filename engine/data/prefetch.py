@@ -63,7 +63,7 @@ class TileReader:
     """
 
     def __init__(self, spec: TileSpec, *, threads: int, pin: bool) -> None:
-        self._spec = spec
+        self.spec = spec
         self._threads = threads
         self._pin = pin
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tile-reader")
@@ -105,15 +105,15 @@ class TileReader:
         )
 
     def _empty(self, n: int) -> Tensor:
-        side = self._spec.tile_px
+        side = self.spec.tile_px
         return torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
 
     def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
-        size = (self._spec.tile_px, self._spec.tile_px)
+        size = (self.spec.tile_px, self.spec.tile_px)
         try:
             slide = self._open(path)
             for tile, (x, y) in zip(out, coords, strict=True):
-                tile[:] = slide.read(int(x), int(y), size, self._spec.mpp_um)
+                tile[:] = slide.read(int(x), int(y), size, self.spec.mpp_um)
         except SlideError:
             self._close_mine()  # OpenSlide never recovers from an error
             raise
@@ -122,7 +122,7 @@ class TileReader:
         slide: Slide | None = getattr(self._mine, "slide", None)
         if slide is None or slide.path != path:
             self._close_mine()
-            slide = self._mine.slide = Slide(path, default_mpp_um=self._spec.default_mpp_um)
+            slide = self._mine.slide = Slide(path, default_mpp_um=self.spec.default_mpp_um)
         return slide
 
     def _close_mine(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from slidescale.engine.config import DataConfig
-from slidescale.engine.objective import survival_edges
+from slidescale.engine.objective import regression_scale, survival_edges
 
 # (row number, cells) and (row number, what is wrong with it); the header is row 1, and 0 is the file as a whole.
 Record = tuple[int, dict[str, str]]
@@ -124,9 +124,11 @@ def _regression(records: list[Record], config: DataConfig) -> Targets:
             targets.values[number] = (value,)
         elif record[column]:
             targets.problems.append((number, f"{column} {record[column]!r} is not a finite number"))
-    train = targets.of_train(records, config)
-    if train and len(set(train)) == 1:
-        targets.problems.append((0, f"all train slides have {column} {train[0][0]:g}; there is nothing to predict"))
+    if train := targets.of_train(records, config):
+        try:
+            regression_scale(train)
+        except ValueError as error:
+            targets.problems.append((0, f"{column} of the train split: {error}"))
     return targets
 
 
@@ -137,7 +139,9 @@ def _survival(records: list[Record], config: DataConfig) -> Targets:
         time_cell, event_cell = record[config.label_column], record[config.event_column]
         time, event = _number(time_cell), BINARY.get(event_cell)
         if time_cell and (time is None or time <= 0):
-            targets.problems.append((number, f"{config.label_column} {time_cell!r} is not a time above 0"))
+            advice = "leave the row out, or give half a unit" if time == 0 else "leave the row out"
+            problem = f"{config.label_column} {time_cell!r} is not a time above 0; {advice}"
+            targets.problems.append((number, problem))
         if event_cell and event is None:
             problem = f"{config.event_column} {event_cell!r} is not 1 (observed) or 0 (censored)"
             targets.problems.append((number, problem))

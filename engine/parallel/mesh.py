@@ -102,11 +102,13 @@ def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
 
 
 def start_world(device: torch.device) -> None:
-    """Meet the other ranks that the launcher started (or be the only one).
+    """Meet the other ranks that the launcher started (or be the only one); who has met stays so, for the next run.
 
     Raises:
         UserError: they cannot meet, for example because the port is taken.
     """
+    if dist.is_initialized():
+        return
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
