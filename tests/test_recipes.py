@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from slidescale.engine import main
 from slidescale.engine.config import Config
@@ -85,11 +86,16 @@ def test_the_eagle_preset_is_as_published() -> None:
         "model.encoder": "gigapath", "model.hidden_dim": 512, "model.attention_dim": 384, "model.dropout": 0.25,
         "model.pooling": "gated_attention", "optim.optimizer": "adamw", "optim.lr": 1e-6, "optim.warmup_epochs": 2,
         "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "run.epochs": 20, "data.epoch_share": 0.5,
-        "optim.class_weights": [1.0, 0.7], "data.k": 23 * 96, "data.tile_px": 224,
+        "optim.class_weights": [], "data.k": 23 * 96, "data.tile_px": 224, "data.augment_symmetry": True,
     }  # fmt: skip
     assert {name: flat[name] for name in published} == published
     assert config.optim.lr * config.optim.min_lr_ratio == pytest.approx(1e-8)
-    assert config.data.classes[1] == "mutant", "whose loss is weighted by 0.7"
+    # A value of the gate is left when it is left in both of its factors.
+    assert 1 - config.model.attention_dropout == pytest.approx(0.75 * 0.75)
+    # Why there are no class weights: the mean that is weighted is over one slide.
+    logits, mutant = torch.tensor([[0.3, -1.2]]), torch.tensor([1])
+    weighted = torch.nn.CrossEntropyLoss(torch.tensor([0.3, 0.7]))(logits, mutant)
+    assert weighted == pytest.approx(torch.nn.CrossEntropyLoss()(logits, mutant).item())
 
 
 @pytest.fixture
