@@ -273,7 +273,7 @@ def test_manifest_of_numbers(tmp_path: Path) -> None:
     [
         (
             ["0.3", repr(0.1 + 0.2), "0.3"],
-            "all are 0.3, up to a standard deviation of 3e-17; there is nothing to predict",
+            "all are 0.3, up to a standard deviation of ",
         ),
         (["1e308", "-1e308"], "numbers are too large for a standard deviation; use another unit"),
     ],
