@@ -351,8 +351,7 @@ def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
 
     None for a run that was begun before it was recorded; such a run has classes, and needs only its settings.
     """
-    record = read_record(folder).get("objective") if mesh.world.rank == 0 else None
-    record = mesh.world.gather_objects(record)[0]
+    record = mesh.world.ask_main(lambda: read_record(folder).get("objective"))
     return make_objective(record) if record else None
 
 
@@ -379,24 +378,19 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
 
 def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_encoder: str | None, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
-    answer: Path | UserError | None = None
-    if mesh.world.rank == 0:
-        try:
-            if config.resume:
-                answer = find_run_folder(config.run.out, config.run.name)
-                check_same_settings(answer, config)
-                check_same_subject(answer, classes, frozen_encoder)
-            else:
-                answer = open_run_folder(config.run.out, config.run.name)
-        except UserError as error:
-            answer = error
-        except OSError as error:
-            answer = UserError(f"cannot make the run's folder: {error}")
-    folder = mesh.world.gather_objects(answer)[0]
-    if isinstance(folder, UserError):
-        raise folder
-    assert folder is not None
-    return folder
+
+    def find_or_open() -> Path:
+        if not config.resume:
+            try:
+                return open_run_folder(config.run.out, config.run.name)
+            except OSError as error:
+                raise UserError(f"cannot make the run's folder: {error}") from None
+        folder = find_run_folder(config.run.out, config.run.name)
+        check_same_settings(folder, config)
+        check_same_subject(folder, classes, frozen_encoder)
+        return folder
+
+    return mesh.world.ask_main(find_or_open)
 
 
 def _open_cohort(config: Config, place: _Place, manifest: Manifest, folder: Path) -> tuple[Cohort, TileReader]:
