@@ -303,9 +303,11 @@ def test_predictions_are_those_of_the_run(trained_run: Path, demo_manifest: Path
     own = read_csv(trained_run / "predictions.csv")
     assert own
     for row in own:
-        assert list(found[row["slide_id"]]) == ["slide_id", "path", "probability", "k"]
+        assert list(found[row["slide_id"]]) == ["slide_id", "path", "probability_mutant", "k"]
         assert found[row["slide_id"]]["k"] == row["k"]
-        assert float(found[row["slide_id"]]["probability"]) == pytest.approx(float(row["probability"]), abs=TOLERANCE)
+        assert float(found[row["slide_id"]]["probability_mutant"]) == pytest.approx(
+            float(row["probability_mutant"]), abs=TOLERANCE
+        )
 
 
 def test_three_classes(sharp_run: Path, demo_manifest: Path, tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_torchrun(sharp_run: Path, with_bad_slides: Path, tmp_path: Path) -> Non
     assert done.stderr.count("error: 3 of 4 slides failed") == 1, done.stderr
     (row,) = read_csv(out)
     alone = answers(TileGroup(), sharp_run, [NamedFile("slide-003", Path(row["path"]))], 64)
-    assert float(row["probability"]) == pytest.approx(float(alone[0][0][1]), abs=TOLERANCE)
+    assert float(row["probability_mutant"]) == pytest.approx(float(alone[0][0][1]), abs=TOLERANCE)
     assert sorted(path.name for path in (tmp_path / "h").iterdir()) == [
         f"slide-003_attention{ending}" for ending in (".geojson", ".png", ".tif")
     ]
