@@ -10,10 +10,11 @@ from typing import Any
 import timm
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.encoder import Encoder, timm_recipe
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.trained import TrainedRun, load_run
@@ -32,6 +33,8 @@ class ExportRequest:
     """Folder of the run, such as runs/egfr."""
     out: Path = Path("encoder.safetensors")
     """File to write; the description goes to the same name with .json."""
+    weights: Path | None = None
+    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -43,20 +46,23 @@ def export_encoder(request: ExportRequest) -> None:
     """Write the encoder and its description.
 
     Raises:
-        UserError: the run cannot be used.
+        UserError: the run cannot be used, or the files cannot be written.
     """
-    run = load_run(request.run, torch.device("cpu"))
+    run = load_run(request.run, torch.device("cpu"), encoder_weights=request.weights)
     backbone = run.model.encoder.backbone
     merge_adapters(backbone)
     about = describe(run, request.out.name)
     # safetensors keeps text only.
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = request.out.with_name(f"{request.out.name}.unfinished")
-    save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
-    os.replace(unfinished, request.out)
     sidecar = request.out.with_suffix(".json")
-    sidecar.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
+        os.replace(unfinished, request.out)
+        sidecar.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # the library's own, of a full disk, say
+        raise UserError(f"cannot write {request.out}: {error}") from None
     log.info("%s in %s; how to load it: %s", run.config.model.encoder, request.out, sidecar)
 
 

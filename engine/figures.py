@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from slidescale.engine.metrics import CALIBRATION_BINS, Kind, confidence_bin, measure
+from slidescale.engine.metrics import CALIBRATION_BINS, by_patient, confidence_bin, measure
+from slidescale.engine.objective import SupervisionName
 
 # Okabe & Ito's colours, which people who see colours differently tell apart; then the same in other strokes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,14 +41,20 @@ class Calibration(NamedTuple):
     accuracy: np.ndarray
 
 
-class Survival(NamedTuple):
+class SurvivalCurve(NamedTuple):
     """The share alive `[m]` from each time `[m]` to the next: time 0, then the times of events."""
 
     times: np.ndarray
     alive: np.ndarray
 
 
-def draw(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+def draw(
+    kind: SupervisionName,
+    targets: np.ndarray,
+    outputs: np.ndarray,
+    names: Sequence[str],
+    cases: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
     """Draw a cohort's predictions.
 
     Args:
@@ -55,12 +62,13 @@ def draw(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[s
         targets: as in `metrics.measure`.
         outputs: as there.
         names: as there.
+        cases: the patient of each slide; None: each is another's.
 
     Returns:
         uint8 RGB pictures `[H, W, 3]` by name: `roc`, `precision_recall`, `reliability` and `confusion` of classes;
-        `roc` and `precision_recall` of labels; `scatter`; `kaplan_meier` of the slides above and below the median risk.
-        What is not defined (a curve of one class, survival without events or with all risks equal, anything without
-        slides) is left out.
+        `roc` and `precision_recall` of labels; `scatter`; `kaplan_meier` of the patients (see `metrics.by_patient`)
+        above and below the median risk. What is not defined (a curve of one class, survival without events, with all
+        risks equal or where a patient's slides have different times, anything without slides) is left out.
 
     Raises:
         ValueError: the arrays' shapes do not fit the kind, each other or the names.
@@ -72,6 +80,12 @@ def draw(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[s
     if kind == "regression":
         return {"scatter": _scatter(targets[:, 0], outputs[:, 0], values)}
     if kind == "survival":
+        if cases is not None:
+            try:
+                targets, outputs, _ = by_patient(targets, outputs, cases)
+            except ValueError:  # metrics.json has the reason
+                return {}
+            values = measure(kind, targets, outputs, names)
         high = outputs[:, 0] > np.median(outputs)
         if not high.any() or not targets[:, 1].any():
             return {}
@@ -92,7 +106,7 @@ def draw(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[s
 
 
 def one_against_rest(
-    kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
+    kind: SupervisionName, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """The yes-or-no questions in classes or labels that have slides of both answers: name, truth `[m]`, score `[m]`.
 
@@ -148,7 +162,7 @@ def confusion(labels: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     return np.bincount(labels * classes + outputs.argmax(1), minlength=classes**2).reshape(classes, classes)
 
 
-def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Survival:
+def kaplan_meier(times: np.ndarray, events: np.ndarray) -> SurvivalCurve:
     """The product-limit estimator (Kaplan & Meier 1958); a slide censored at an event's time was at risk of it.
 
     Args:
@@ -158,7 +172,7 @@ def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Survival:
     at = np.unique(times[events])
     at_risk = (times >= at[:, None]).sum(1)
     died = ((times == at[:, None]) & events).sum(1)
-    return Survival(np.r_[0.0, at], np.cumprod(np.r_[1.0, 1 - died / at_risk]))
+    return SurvivalCurve(np.r_[0.0, at], np.cumprod(np.r_[1.0, 1 - died / at_risk]))
 
 
 def _canvas(title: str, x: str, y: str, *, width: float = 5.4, height: float = 5.0) -> tuple[Figure, Axes]:
@@ -285,7 +299,7 @@ def _kaplan_meier(
         curve, last = kaplan_meier(times[mine], events[mine]), times[mine].max()
         axes.step(
             np.r_[curve.times, last], np.r_[curve.alive, curve.alive[-1]], where="post", color=colour, linewidth=1.8,
-            label=f"{name}: {mine.sum()} slides, {events[mine].sum()} events",
+            label=f"{name}: {mine.sum()} patients, {events[mine].sum()} events",
         )  # fmt: skip
         censored = np.unique(times[mine & ~events])
         alive = curve.alive[np.searchsorted(curve.times, censored, side="right") - 1]
@@ -306,7 +320,7 @@ def _kaplan_meier(
             table.text(tick, row, f"{(times[mine] >= tick).sum()}", ha="center", va="center", color=colour, fontsize=9)
     table.set_yticks(range(len(groups)), [name for _, name, _ in groups])
     table.set(ylim=(1.6, -0.6), xlabel="Time")
-    table.set_title("Slides at risk", fontsize=9, loc="left")
+    table.set_title("Patients at risk", fontsize=9, loc="left")
     table.spines[["top", "right", "left"]].set_visible(False)
     table.tick_params(axis="y", length=0)
     return _picture(figure)

@@ -7,8 +7,9 @@ from pathlib import Path
 import tyro
 
 from slidescale.engine.attention_map import MAX_PX, write_attention
-from slidescale.engine.errors import ConfigError, SlideError
-from slidescale.engine.predict import ComputeSettings, Failure, NamedFile, start_predictor
+from slidescale.engine.data.manifest import NamedFile
+from slidescale.engine.errors import ConfigError, SlideError, UserError
+from slidescale.engine.predict import ComputeSettings, Failure, start_predictor
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +46,20 @@ def draw_heatmap(request: HeatmapRequest) -> None:
     """Predict a slide and write its attention; the main rank writes.
 
     Raises:
-        UserError: the run or the slide cannot be used.
+        UserError: the run or the slide cannot be used, or the files cannot be written.
     """
     predictor = start_predictor(request.run, request)
     (answer,) = predictor.predict([NamedFile(request.slide.stem, request.slide)])
     if isinstance(answer, Failure):
         raise SlideError(answer.reason)
     if predictor.mesh.world.rank == 0:
-        with predictor.open(request.slide) as slide:
-            paths = write_attention(
-                request.out, answer.file.slide_id, slide, answer.tiling, answer.weights, model=predictor.run.title,
-                max_px=request.max_px, top=request.top,
-            )  # fmt: skip
+        try:
+            with predictor.open(request.slide) as slide:
+                paths = write_attention(
+                    request.out, answer.file.slide_id, slide, answer.tiling, answer.weights, model=predictor.run.title,
+                    max_px=request.max_px, top=request.top,
+                )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"cannot write to {request.out}: {error}") from None
         for path in paths:
             log.info("%s", path)

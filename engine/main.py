@@ -406,6 +406,14 @@ def _open_cohort(config: Config, place: _Place, manifest: Manifest, folder: Path
 
 
 def _describe(cohort: Cohort) -> None:
+    manifest, names = cohort.manifest, cohort.manifest.classes
+    if manifest.supervision == "classes":
+        of = f"those of {names[1]}" if len(names) == 2 else "of each, and the mean"
+        log.info(
+            "classes: %s (--data.classes gives another order); probabilities and AUROC are %s", ", ".join(names), of
+        )
+    if not cohort.usable("val"):
+        log.warning("no slide is in split 'val': no epoch can be chosen as the best, and the last one is kept")
     for split in ("train", "val", "test"):
         if rows := cohort.usable(split):
             tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)

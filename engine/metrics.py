@@ -7,17 +7,18 @@ second or two, where calling scikit-learn for each of them takes minutes; the te
 Inside this file NaN stands for "undefined"; what leaves it is None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
-Kind = Literal["classes", "multi_label", "regression", "survival"]
+from slidescale.engine.objective import SupervisionName
 
-# The metric of each kind that the best epoch is chosen by; larger is better.
-HEADLINES: dict[Kind, str] = {"classes": "auroc", "multi_label": "auroc", "regression": "r2", "survival": "concordance"}
+# The metric of each supervision that the best epoch is chosen by; larger is better.
+HEADLINES: dict[SupervisionName, str] = {
+    "classes": "auroc", "multi_label": "auroc", "regression": "r2", "survival": "concordance",
+}  # fmt: skip
 
 # Bins of the expected calibration error, as in Guo et al. 2017.
 CALIBRATION_BINS = 15
@@ -25,6 +26,10 @@ CALIBRATION_BINS = 15
 # Of the resamples, the share that must define a metric for it to have an interval. With two patients of a class, 13% of
 # resamples draw neither: an interval that leaves those out would tell of the luckier cohorts only.
 DEFINED_SHARE = 0.9
+
+# Of fewer patients of a class, resamples repeat what few there are: four slides that are ordered right would have the
+# interval 1 to 1.
+LEAST_PATIENTS = 5
 
 # Metrics that count something: of the cohort at hand, so they have no interval.
 _COUNTS = ("support", "slides", "pairs")
@@ -35,7 +40,7 @@ _BLOCK = 2**22
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's value (None: undefined), and its 95% interval (None: too few resamples define it)."""
+    """A metric's value (None: undefined), and its 95% interval (None: the cohort tells of none, see `report`)."""
 
     value: float | None
     low: float | None
@@ -49,39 +54,43 @@ class Report:
     Attributes:
         values: by metric; those of a class are `class/<name>/<metric>`, those of a label `<name>/<metric>`.
         headline: name and value of the metric that the best epoch is chosen by.
+        count: rows that are measured: slides, or patients.
+        positive_class: the second of two classes, which auroc and auprc are of; else None.
+        patients: the same metrics of one row a patient (see `by_patient`), or why there are none; None where every
+            patient has one slide.
     """
 
     values: dict[str, Estimate]
     headline: tuple[str, float | None]
+    count: int
+    positive_class: str | None
+    patients: "Report | str | None"
 
     def as_json(self) -> dict[str, Any]:
         """What `json.dump` can write: numbers, strings and None."""
         name, value = self.headline
-        return {
+        written: dict[str, Any] = {} if self.positive_class is None else {"positive_class": self.positive_class}
+        written |= {
             "headline": {"metric": name, "value": value},
             "values": {metric: asdict(estimate) for metric, estimate in self.values.items()},
         }
+        if isinstance(self.patients, Report):
+            written["patients"] = {"count": self.patients.count, **self.patients.as_json()}
+        elif self.patients is not None:
+            written["patients"] = {"note": self.patients}
+        return written
+
+    def __str__(self) -> str:
+        """The headline metric with its interval."""
+        name, value = self.headline
+        low, high = self.values[name].low, self.values[name].high
+        between = "" if low is None else f" ({_number(name, low)} to {_number(name, high)})"
+        return f"{name} {_number(name, value)}{between}"
 
 
-def auroc(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """Area under the ROC curve: of the second class when there are two, else the mean of one-against-rest.
-
-    Args:
-        labels: int `[n]`.
-        probabilities: `[n, classes]`, rows summing to 1.
-
-    Returns:
-        None when a class has no slide, for which the area is not defined.
-    """
-    classes = probabilities.shape[1]
-    if len(np.unique(labels)) < classes:
-        return None
-    if classes == 2:
-        return float(roc_auc_score(labels, probabilities[:, 1]))
-    return float(roc_auc_score(labels, probabilities, multi_class="ovr"))
-
-
-def measure(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
+def measure(
+    kind: SupervisionName, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
+) -> dict[str, float | None]:
     """Metrics of a cohort, without intervals.
 
     - `classes`: auroc, auprc (average precision) of the second class when there are two, else their means over
@@ -118,7 +127,7 @@ def measure(kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequenc
 
 
 def report(
-    kind: Kind,
+    kind: SupervisionName,
     targets: np.ndarray,
     outputs: np.ndarray,
     cases: Sequence[str],
@@ -139,8 +148,10 @@ def report(
         seed: of the draws.
 
     Returns:
-        A metric has no interval when fewer than 90% of the resamples define it, or with fewer than two patients. The
-        interval of ece lies high, since slides that are drawn twice make its bins noisier: it bounds from above.
+        A metric has no interval when a class that it needs has fewer than five patients (a label: with it, or without
+        it; survival: patients with an event; what is of all slides alike: patients at all), when fewer than 90% of the
+        resamples define it, or when it is the same in all of them, as that of a perfect order is. The interval of ece
+        lies high, since slides that are drawn twice make its bins noisier: it bounds from above.
 
     Raises:
         ValueError: as in `measure`; or cases are not as many as slides.
@@ -151,7 +162,7 @@ def report(
         raise ValueError(f"{len(cases)} cases must be as many as slides, which are {len(targets)}")
     patients, patient = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
     drawn: dict[str, list[np.ndarray]] = {metric: [] for metric in values}
-    if len(patients) > 1:
+    if len(patients) >= LEAST_PATIENTS:
         draws = np.random.default_rng(seed)
         block = max(1, _BLOCK // len(targets))
         for start in range(0, resamples, block):
@@ -160,8 +171,45 @@ def report(
             weights = times[:, patient].astype(float)
             for metric, row in _measures(kind, targets, outputs, names, weights).items():
                 drawn[metric].append(row)
-    estimates = {metric: Estimate(value, *_interval(metric, value, drawn[metric])) for metric, value in values.items()}
-    return Report(estimates, (HEADLINES[kind], values[HEADLINES[kind]]))
+    fewest = _fewest_patients(kind, targets, names, patient, values)
+    estimates = {
+        metric: Estimate(value, *_interval(metric, value, drawn[metric] if fewest[metric] >= LEAST_PATIENTS else []))
+        for metric, value in values.items()
+    }
+    together: Report | str | None = None
+    if len(patients) < len(targets):
+        try:
+            rows_a_patient = by_patient(targets, outputs, cases)
+        except ValueError as error:
+            together = f"no metrics a patient: {error}"
+        else:
+            together = report(kind, *rows_a_patient, names, resamples=resamples, seed=seed)
+    headline = HEADLINES[kind]
+    positive = names[1] if kind == "classes" and len(names) == 2 else None
+    return Report(estimates, (headline, values[headline]), len(targets), positive, together)
+
+
+def by_patient(
+    targets: np.ndarray, outputs: np.ndarray, cases: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Targets, outputs and cases with one row a patient: the target of all slides, and the mean of their outputs.
+
+    A label that only some of a patient's slides have is the patient's.
+
+    Raises:
+        ValueError: slides of a patient have different targets.
+    """
+    patients, patient = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
+    missing = np.isnan(targets)
+    low, high = (np.full((len(patients), targets.shape[1]), end) for end in (np.inf, -np.inf))
+    np.minimum.at(low, patient, np.where(missing, np.inf, targets))
+    np.maximum.at(high, patient, np.where(missing, -np.inf, targets))
+    if len(differing := patients[(low < high).any(1)]):
+        raise ValueError(f"the slides of {differing[0]} have different targets ({len(differing)} patients in all)")
+    means = np.zeros((len(patients), outputs.shape[1]))
+    np.add.at(means, patient, outputs)
+    means /= np.bincount(patient, minlength=len(patients))[:, None]
+    return np.where(np.isinf(low), np.nan, low), means, patients.tolist()
 
 
 def confidence_bin(confidence: np.ndarray) -> np.ndarray:
@@ -182,6 +230,10 @@ def describe(report: Report) -> str:
         if metric not in overall:
             group, _, part = metric.rpartition("/")
             groups.setdefault(group.removeprefix("class/"), {})[part] = estimate
+    if isinstance(report.patients, Report):
+        lines += ["", f"{report.patients.count} patients, by the mean of their slides: {report.patients}"]
+    elif report.patients is not None:
+        lines += ["", report.patients]
     if not groups:
         return "\n".join(lines)
     columns = list(next(iter(groups.values())))
@@ -200,7 +252,7 @@ def describe(report: Report) -> str:
 
 
 def _checked(
-    kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
+    kind: SupervisionName, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """In doubles, of the shapes that the kind asks for."""
     targets, outputs = np.asarray(targets, dtype=float), np.asarray(outputs, dtype=float)
@@ -216,7 +268,7 @@ def _checked(
 
 
 def _measures(
-    kind: Kind, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str], weights: np.ndarray
+    kind: SupervisionName, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Each metric `[r]` under r rows of weights `[r, n]`."""
     if kind == "classes":
@@ -353,6 +405,38 @@ def _areas(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tup
     return roc, np.where(both > 0, _ratio((positives * precision).sum(1), all_hits), np.nan)
 
 
+def _fewest_patients(
+    kind: SupervisionName, targets: np.ndarray, names: Sequence[str], patient: np.ndarray, metrics: Iterable[str]
+) -> dict[str, int]:
+    """Of the classes that each metric needs, the number of patients of the smallest.
+
+    Args:
+        patient: `[n]`, whose slide it is.
+    """
+
+    def patients(slides: np.ndarray) -> int:
+        return len(np.unique(patient[slides]))
+
+    everyone = patients(np.full(len(patient), True))
+    if kind == "regression":
+        return dict.fromkeys(metrics, everyone)
+    if kind == "survival":
+        return dict.fromkeys(metrics, patients(targets[:, 1] == 1))
+    if kind == "classes":
+        own = {f"class/{name}": patients(targets[:, 0] == index) for index, name in enumerate(names)}
+        averaged = list(own.values())
+        alike = dict.fromkeys(("accuracy", "ece", "brier"), everyone)
+    else:
+        own = {
+            name: min(patients(column == answer) for answer in (0, 1))
+            for name, column in zip(names, targets.T, strict=True)
+        }
+        averaged = [count for count in own.values() if count]  # as `_multi_label` averages
+        alike = {}
+    overall = min(averaged, default=0)
+    return {metric: own.get(metric.rpartition("/")[0], alike.get(metric, overall)) for metric in metrics}
+
+
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """The quotient, NaN where the divisor is 0."""
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below != 0)
@@ -368,6 +452,8 @@ def _interval(metric: str, value: float | None, drawn: list[np.ndarray]) -> tupl
     values = np.concatenate(drawn)
     defined = values[~np.isnan(values)]
     if len(defined) < DEFINED_SHARE * len(values):
+        return None, None
+    if np.ptp(defined) <= 1e-12 * np.abs(defined).max():  # sums in another order may round differently
         return None, None
     low, high = np.percentile(defined, (2.5, 97.5))
     return float(low), float(high)

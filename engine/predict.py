@@ -1,10 +1,9 @@
 """`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
 
-import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,17 @@ import torch
 import tyro
 
 from slidescale.engine.attention_map import write_attention
-from slidescale.engine.config import DataConfig
 from slidescale.engine.data.cohort import write_csv
+from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
-from slidescale.engine.errors import ConfigError, ManifestError, SlideError, UserError
+from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation import run_model
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
-from slidescale.engine.report import output_cells, output_columns
+from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.report import Judged, draw_figures, output_cells, output_columns, write_metrics
 from slidescale.engine.trained import Precision, TrainedRun, load_run
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 class ComputeSettings:
     """How a trained model is run."""
 
+    weights: Path | None = None
+    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
     precision: Precision = "fp32"
     """Arithmetic of matrix products. In full fp32 a slide's probability does not depend on ranks or chunks (to 1e-5);
     bf16, which training and its predictions.csv use where the processor has it, is faster and rounds to 1 part in 256
@@ -69,10 +71,11 @@ class PredictRequest(ComputeSettings):
     slides: tuple[Path, ...] = ()
     """Slide files; a slide's name is its file's, without the ending."""
     manifest: Path | None = None
-    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder."""
+    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder. With
+    the run's label columns too, and case_id for intervals over patients, there are metrics and figures beside --out."""
     out: Path = Path("predictions.csv")
-    """CSV to write: slide_id, path, what is predicted (of classes, probability of the second of two, or of each of
-    more), k (tiles used)."""
+    """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
+    two, or of each of more), k (tiles used)."""
     heatmaps: Path | None = None
     """Folder for each slide's attention, as `slidescale heatmap` writes it."""
 
@@ -81,13 +84,6 @@ class PredictRequest(ComputeSettings):
         super().__post_init__()
         if bool(self.slides) == (self.manifest is not None):
             raise ConfigError("name the slides, either by --slides or by --manifest")
-
-
-class NamedFile(NamedTuple):
-    """A slide to predict; no label, no split."""
-
-    slide_id: str
-    path: Path
 
 
 class SlidePrediction(NamedTuple):
@@ -170,7 +166,7 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
     """
     check_launcher()
     device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
-    run = load_run(folder, device, settings.precision)
+    run = load_run(folder, device, settings.precision, settings.weights)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Predictor(run, settings, Mesh(), device)
     start_world(device)
@@ -178,47 +174,98 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
 
 
 def predict_slides(request: PredictRequest) -> None:
-    """Predict slides and write a table; the main rank writes.
+    """Predict slides and write a table, and metrics and figures where the manifest has labels; the main rank writes.
 
     Raises:
-        UserError: the run or the list of slides cannot be used, or some slides could not be predicted, which are named;
-            the others are written by then.
+        UserError: the run, the list of slides or the place to write to cannot be used, or some slides could not be
+            predicted, which are named; the others are written by then.
     """
-    predictor = start_predictor(request.run, request)
-    run = predictor.run
-    files = name_files(request.slides) if request.manifest is None else read_files(request.manifest, run.config.data)
-    main = predictor.mesh.world.rank == 0
+    predict_with(start_predictor(request.run, request), request)
+
+
+def predict_with(predictor: Predictor, request: PredictRequest) -> None:
+    """As `predict_slides`, with a run that is loaded; every rank calls it.
+
+    Raises:
+        UserError: as there.
+    """
+    run, data, world = predictor.run, predictor.run.config.data, predictor.mesh.world
+    supervision, labels = data.supervision, None
+    if request.manifest is None:
+        files = name_files(request.slides)
+    else:
+        files = read_files(request.manifest, data)
+        labels = read_labels(request.manifest, data, run.classes)
     log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
-    supervision = run.config.data.supervision
-    if main:
-        request.out.parent.mkdir(parents=True, exist_ok=True)  # now, since it is for nothing if it cannot be made
+    if isinstance(labels, str):
+        log.info("predictions without metrics: %s", labels)
+    elif labels is not None and labels.seen:
+        log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
+    header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
+    outputs: dict[str, np.ndarray] = {}
     failures: list[Failure] = []
+
+    def write_table() -> None:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
+
+    _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
     for answer in predictor.predict(files):
         if isinstance(answer, Failure):
             failures.append(answer)
             log.warning("%s: %s", answer.file.slide_id, answer.reason)
             continue
+        name = answer.file.slide_id
         shown = output_cells(supervision, run.classes, answer.output)
-        rows[answer.file.slide_id] = (*answer.file, *shown, len(answer.weights))
-        log.info("%s: %s (%d tiles)", answer.file.slide_id, ", ".join(shown), len(answer.weights))
-        if request.heatmaps is not None and main:
+        rows[name], outputs[name] = (*answer.file, *shown, len(answer.weights)), answer.output
+        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
+        _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
+        if request.heatmaps is not None and world.rank == 0:
             try:
                 with predictor.open(answer.file.path) as slide:
-                    write_attention(
-                        request.heatmaps, answer.file.slide_id, slide, answer.tiling, answer.weights, model=run.title
-                    )
-            except SlideError as error:  # its tiles could be read, so it is predicted; only its picture is missing
+                    write_attention(request.heatmaps, name, slide, answer.tiling, answer.weights, model=run.title)
+            except (SlideError, OSError) as error:  # it is predicted all the same; only its picture is missing
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
-                log.warning("%s: no heatmap: %s", answer.file.slide_id, error)
-    if main and rows:
-        in_order = [rows[file.slide_id] for file in files if file.slide_id in rows]
-        write_csv(request.out, ("slide_id", "path", *output_columns(supervision, run.classes), "k"), in_order)
-        log.info("%d predictions in %s", len(rows), request.out)
-    failures = predictor.mesh.world.gather_objects(failures)[0]
+                log.warning("%s: no heatmap: %s", name, error)
+    log.info("%d predictions in %s", len(outputs), request.out)
+    if isinstance(labels, Labels) and outputs:
+        judged = Judged(
+            supervision, np.array([labels.targets[name] for name in outputs]), np.stack(list(outputs.values())),
+            [labels.cases[name] for name in outputs], run.classes,
+        )  # fmt: skip
+        _write(request.out, partial(_write_metrics, request.out, judged), world)
+    failures = world.gather_objects(failures)[0]
     if failures:
         reasons = "\n".join(f"  {file.slide_id}: {reason}" for file, reason in failures)
         raise UserError(f"{len(failures)} of {len(files)} slides failed:\n{reasons}")
+
+
+def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
+    """Let the main rank write, and every rank hear when it cannot.
+
+    Raises:
+        UserError: it cannot.
+    """
+    trouble = None
+    if world.rank == 0:
+        try:
+            write()
+        except OSError as error:
+            trouble = f"cannot write {path}: {error}"
+    trouble = world.gather_objects(trouble)[0]
+    if trouble is not None:
+        raise UserError(trouble)
+
+
+def _write_metrics(out: Path, judged: Judged) -> None:
+    """Metrics and figures beside the table."""
+    path, folder = out.with_name(f"{out.stem}_metrics.json"), out.with_name(f"{out.stem}_figures")
+    found = write_metrics(path, judged, "external")
+    draw_figures(folder, judged)
+    of = "" if found.positive_class is None else f" of {found.positive_class}"
+    patients = len(set(judged.cases))
+    log.info("%s%s, of %d slides of %d patients; more in %s and %s", found, of, found.count, patients, path, folder)
 
 
 def name_files(paths: Sequence[Path]) -> list[NamedFile]:
@@ -234,41 +281,6 @@ def name_files(paths: Sequence[Path]) -> list[NamedFile]:
             "columns slide_id and path"
         )
     return [NamedFile(path.stem, path) for path in paths]
-
-
-def read_files(path: Path, columns: DataConfig) -> list[NamedFile]:
-    """The slides of a manifest, of which only names and paths are looked at.
-
-    Raises:
-        ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
-            file is missing is not among these: it is that slide's failure alone.
-    """
-    name_column, path_column = columns.slide_column, columns.path_column
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            records = [((row.get(name_column) or "").strip(), (row.get(path_column) or "").strip()) for row in reader]
-    except OSError as error:
-        raise ManifestError(f"cannot read the manifest {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} is not CSV in UTF-8: {error}") from None
-    missing = [name for name in (name_column, path_column) if name not in reader.fieldnames]
-    if missing:
-        has = ", ".join(reader.fieldnames) or "nothing"
-        raise ManifestError(f"{path} has no column {' and no column '.join(missing)}; it has: {has}")
-    if not records:
-        raise ManifestError(f"{path} has a header and no rows")
-    problems = []
-    first: dict[str, int] = {}
-    for number, (slide_id, name) in enumerate(records, start=2):
-        cells = ((name_column, slide_id), (path_column, name))
-        problems += [f"row {number}: {column} is empty" for column, cell in cells if not cell]
-        if slide_id and first.setdefault(slide_id, number) != number:
-            problems.append(f"row {number}: {slide_id!r} already stands in row {first[slide_id]}")
-    if problems:
-        raise ManifestError(f"{path} cannot be used:\n  " + "\n  ".join(problems))
-    return [NamedFile(slide_id, path.parent / name) for slide_id, name in records]
 
 
 def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:

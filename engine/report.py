@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -29,17 +30,38 @@ LARGEST_FOLD = 8.0
 OPACITY = 0.55
 
 
-def write_metrics(path: Path, evaluation: Evaluation, manifest: Manifest) -> Report:
-    """Write the metrics, with 95% intervals over patients, as JSON."""
+class Judged(NamedTuple):
+    """Slides' predictions beside what is true of them, as `metrics.report` takes them."""
+
+    supervision: SupervisionName
+    targets: np.ndarray
+    outputs: np.ndarray
+    cases: list[str]
+    names: Sequence[str]
+
+
+def judge(evaluation: Evaluation, manifest: Manifest) -> Judged:
+    """The predictions of an evaluation that has some."""
     cases = [prediction.row.case_id for prediction in evaluation.predictions]
-    found = report(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
-    path.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    return Judged(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
+
+
+def write_metrics(path: Path, judged: Judged, split: Literal["val", "test", "external"]) -> Report:
+    """Write the metrics, with 95% intervals over patients, as JSON.
+
+    Args:
+        split: whose slides these are. Of the epochs that validation sees, the one that suits its slides best is kept,
+            so that its metrics flatter; the file says so.
+    """
+    found = report(*judged)
+    about = {"split": split, "epoch_chosen_on_this_split": split == "val"}
+    path.write_text(json.dumps(about | found.as_json(), indent=2) + "\n", encoding="utf-8")
     return found
 
 
-def draw_figures(folder: Path, evaluation: Evaluation, manifest: Manifest) -> dict[str, np.ndarray]:
+def draw_figures(folder: Path, judged: Judged) -> dict[str, np.ndarray]:
     """Draw what `figures.draw` can of the predictions, as PNG into a folder of their own, and return the pictures."""
-    pictures = draw(manifest.supervision, evaluation.targets, evaluation.outputs, manifest.classes)
+    pictures = draw(judged.supervision, judged.targets, judged.outputs, judged.names, judged.cases)
     for old in folder.glob("*.png"):  # one that is not defined any more must not stay beside newer ones
         old.unlink()
     for name, picture in pictures.items():
@@ -70,15 +92,15 @@ def write_predictions(path: Path, evaluation: Evaluation, manifest: Manifest) ->
 def output_columns(supervision: SupervisionName, names: Sequence[str]) -> list[str]:
     """The columns of a prediction, beside the slide's own.
 
-    probability, of the second of two classes, or probability_<name> of each of more; probability_<name> of each label;
-    prediction, in the manifest's unit; or risk, larger for an earlier event.
+    probability_<name>, of the second of two classes, of each of more, or of each label; prediction, in the manifest's
+    unit; or risk, larger for an earlier event.
 
     Args:
         names: as `Manifest.classes`.
     """
     match supervision:
         case "classes" if len(names) == 2:
-            return ["probability"]
+            return [f"probability_{names[1]}"]
         case "classes" | "multi_label":
             return [f"probability_{name}" for name in names]
         case "regression":

@@ -1,7 +1,9 @@
-"""A trained run, as its folder holds it: config.json and model.safetensors are enough to have the model again."""
+"""A trained run, as its folder holds it: config.json and model.safetensors are enough to have the model again.
+
+All but a frozen encoder, whose weights are not the run's: it is built from where its settings say that they are.
+"""
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from slidescale.engine.checkpoint import epoch_name
 from slidescale.engine.config import Config, flatten
+from slidescale.engine.data.targets import near
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.frozen import fingerprint
 from slidescale.engine.main import make_model
@@ -50,17 +53,20 @@ class TrainedRun:
         return f"{self.config.model.encoder} of run {self.folder.resolve().name}, epoch {self.epoch}"
 
 
-def load_run(folder: Path, device: torch.device, precision: Precision = "fp32") -> TrainedRun:
+def load_run(
+    folder: Path, device: torch.device, precision: Precision = "fp32", encoder_weights: Path | None = None
+) -> TrainedRun:
     """Build the model of a run and give it the weights of its best epoch, whatever strategy it was trained under.
 
     Args:
         folder: of the run, `runs/<name>`.
         precision: of matrix products. "fp32" is full fp32: also the TF32 of NVIDIA's GPUs is turned off, for the whole
             process.
+        encoder_weights: of a frozen encoder, in place of those that the run's settings name.
 
     Raises:
-        UserError: there is no such run, no epoch of it is finished, its files do not belong together, or another
-            version wrote it.
+        UserError: there is no such run, no epoch of it is finished, its files do not belong together, another version
+            wrote it, or a frozen encoder's weights are not there or not those that it had.
     """
     record = _read_record(folder)
     config = read_config(record["config"], folder / "config.json", str(record.get("versions", {}).get("slidescale")))
@@ -82,9 +88,17 @@ def load_run(folder: Path, device: torch.device, precision: Precision = "fp32") 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     objective = make_objective(record["objective"]).to(device)
     untrained = dataclasses.replace(config, memory=dataclasses.replace(config.memory, checkpoint_blocks=False))
-    if not config.model.frozen:  # of the same structure, without its starting weights, which may be gone
+    if encoder_weights is not None and not config.model.frozen:
+        raise ConfigError(f"--weights is {encoder_weights}: the encoder of {folder} is not frozen, and has its own")
+    # Of the same structure, without its starting weights, which may be gone; a frozen encoder has no others.
+    if not config.model.frozen or encoder_weights is not None:
         untrained = dataclasses.replace(
-            untrained, model=dataclasses.replace(config.model, pretrained=False, weights=None)
+            untrained, model=dataclasses.replace(config.model, pretrained=False, weights=encoder_weights)
+        )
+    source = untrained.model.weights
+    if source is not None and not source.is_file():
+        raise UserError(
+            f"{folder} has a frozen encoder, whose weights are not in {source}: name their file by --weights"
         )
     model = make_model(
         untrained, classes=objective.outputs, bf16=precision == "bf16", kernels=choose_kernels("auto", device)
@@ -92,7 +106,7 @@ def load_run(folder: Path, device: torch.device, precision: Precision = "fp32") 
     if config.model.frozen and fingerprint(model.encoder) != record["frozen_encoder"]:
         raise UserError(
             f"{folder} has a frozen encoder, {config.model.encoder}, of other weights than "
-            f"{config.model.weights or 'timm publishes'} has now: bring those back"
+            f"{source or 'timm publishes'} has now: bring those back"
         )
     trained = model.without_encoder() if config.model.frozen else model
     state = read_weights(weights, device)
@@ -128,7 +142,7 @@ def read_config(settings: dict[str, Any], source: Path, version: str) -> Config:
         raise UserError(f"{source} was written by slidescale {version}, and this version refuses: {error}") from None
     if unknown:
         known = list(Config(run=config.run).flat())
-        lines = [name + _near(name, known) for name in unknown]
+        lines = [name + near(name, known) for name in unknown]
         raise UserError(
             f"{source} was written by slidescale {version}, with settings that this version does not have:\n  "
             + "\n  ".join(lines)
@@ -162,7 +176,7 @@ def _from_json(value: Any, hint: Any) -> Any:
 def _read_record(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
-        raise UserError(f"there is no run {folder}" + _near(folder.name, runs))
+        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -182,8 +196,3 @@ def _no_weights(folder: Path) -> str:
             "run with --resume (and more --run.epochs, if it was finished by a version that wrote none)"
         )
     return f"{folder} is unfinished: it has no {WEIGHTS}, which is written when its first epoch is validated"
-
-
-def _near(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f", did you mean {close[0]}?" if close else ""

@@ -3,8 +3,11 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +23,7 @@ from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.metrics import HEADLINES, describe
 from slidescale.engine.objective import SupervisionName
-from slidescale.engine.report import draw_figures, draw_heatmaps, save_png, write_metrics, write_predictions
+from slidescale.engine.report import draw_figures, draw_heatmaps, judge, save_png, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -179,18 +182,33 @@ class Trainer:
             self._write_results(result, "", step)
             pictures = draw_heatmaps(result, self.cohort, self.config.data, count=self.config.run.heatmaps)
             for name, picture in pictures.items():
-                save_png(picture, self.folder / "heatmaps" / f"{name}.png")
+                path = self.folder / "heatmaps" / f"{name}.png"
+                with _unless_unwritable(path):
+                    save_png(picture, path)
                 self.run_log.image(f"attention/{name}", picture, step)
         self.run_log.flush()
 
-    def _write_results(self, result: Evaluation, suffix: str, step: int) -> None:
+    def _write_results(self, result: Evaluation, suffix: Literal["", "_test"], step: int) -> None:
         """Predictions, metrics and figures of a split, by the main rank; intervals take too long for every epoch."""
         manifest = self.cohort.manifest
-        write_predictions(self.folder / f"predictions{suffix}.csv", result, manifest)
+        with _unless_unwritable(path := self.folder / f"predictions{suffix}.csv"):
+            write_predictions(path, result, manifest)
         if not result.predictions:
             return
-        found = write_metrics(self.folder / f"metrics{suffix}.json", result, manifest)
-        if suffix:
-            log.info("%s", describe(found))
-        for name, picture in draw_figures(self.folder / f"figures{suffix}", result, manifest).items():
-            self.run_log.image(f"figures{suffix}/{name}", picture, step)
+        judged = judge(result, manifest)
+        with _unless_unwritable(path := self.folder / f"metrics{suffix}.json"):
+            found = write_metrics(path, judged, "test" if suffix else "val")
+            if suffix:
+                log.info("%s", describe(found))
+        with _unless_unwritable(folder := self.folder / f"figures{suffix}"):
+            for name, picture in draw_figures(folder, judged).items():
+                self.run_log.image(f"figures{suffix}/{name}", picture, step)
+
+
+@contextmanager
+def _unless_unwritable(path: Path) -> Iterator[None]:
+    """Go on with the run where a result cannot be written: a checkpoint, which is by then, has what it is made of."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("cannot write %s, and the run goes on without: %s", path, error)

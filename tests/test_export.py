@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.export import ExportRequest, export_encoder
 from slidescale.engine.models.foundation import FOUNDATION_MODELS
 from slidescale.engine.trained import load_run
@@ -103,6 +103,14 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(Linear, "merge", lambda self: None)
         export_encoder(ExportRequest(run=folder, out=tmp_path / "encoder.safetensors"))
     assert error(folder, tmp_path) > 100 * TOLERANCE
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", encoder="test_vit")
+    (tmp_path / "e.safetensors").mkdir()
+    for out in (folder / "config.json" / "e.safetensors", tmp_path / "e.safetensors"):
+        with pytest.raises(UserError, match=f"cannot write {out}"):
+            export_encoder(ExportRequest(run=folder, out=out))
 
 
 def test_another_ending(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from slidescale.engine.figures import (
     precision_recall_curves,
     roc_curves,
 )
-from slidescale.engine.metrics import Kind, measure
+from slidescale.engine.metrics import measure
+from slidescale.engine.objective import SupervisionName
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def predicted(slides: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return labels[:, None].astype(float), parts / 20
 
 
-def cohort(kind: Kind, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     labels, outputs = predicted(slides, 3)
     if kind == "classes":
         return labels, outputs, ["_first", "$second$ of a long name that has no room", "c"]
@@ -50,7 +51,7 @@ def cohort(kind: Kind, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     )  # fmt: skip
 
 
-PICTURES: dict[Kind, set[str]] = {
+PICTURES: dict[SupervisionName, set[str]] = {
     "classes": {"roc", "precision_recall", "reliability", "confusion"},
     "multi_label": {"roc", "precision_recall"},
     "regression": {"scatter"},
@@ -59,7 +60,7 @@ PICTURES: dict[Kind, set[str]] = {
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_pictures_are_drawn(kind: Kind) -> None:
+def test_pictures_are_drawn(kind: SupervisionName) -> None:
     pictures = draw(kind, *cohort(kind, 53))
     assert set(pictures) == PICTURES[kind]
     for name, picture in pictures.items():
@@ -130,6 +131,21 @@ def test_kaplan_meier_of_the_textbook() -> None:
     assert curve.times.tolist() == [0, 6, 7, 10, 13, 16, 22, 23]
     # To the four digits that are printed.
     assert curve.alive == pytest.approx([1, 0.8571, 0.8067, 0.7529, 0.6902, 0.6275, 0.5378, 0.4482], abs=5e-5)
+
+
+def test_survival_counts_patients_once() -> None:
+    """Three slides of each: the split is by their mean risk, and no step and no number at risk is threefold."""
+    targets, outputs, names = cohort("survival", 21)
+    once = draw("survival", targets, outputs, names)["kaplan_meier"]
+    again = np.repeat(np.arange(21), 3)
+    # Single slides lie on the other side of the median; the patients' means are as they were.
+    noise = np.tile([5.0, -5.0, 0.0], 21)[:, None]
+    cases = [f"{patient:02}" for patient in again]
+    assert np.array_equal(draw("survival", targets[again], outputs[again] + noise, names, cases)["kaplan_meier"], once)
+    assert not np.array_equal(draw("survival", targets[again], outputs[again] + noise, names)["kaplan_meier"], once)
+    differing = targets[again]
+    differing[0, 0] += 1
+    assert draw("survival", differing, outputs[again], names, cases) == {}
 
 
 def test_what_is_undefined_is_left_out() -> None:

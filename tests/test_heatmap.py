@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from slidescale.engine.attention_map import PX_A_TILE, attention_geojson, with_legend, write_attention
+from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
-from slidescale.engine.errors import ConfigError, SlideError
+from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.heatmap import HeatmapRequest, draw_heatmap
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.predict import ComputeSettings, NamedFile, Predictor, SlidePrediction
+from slidescale.engine.predict import ComputeSettings, Predictor, SlidePrediction
 from slidescale.engine.report import attention_colours, attention_overlay
 from slidescale.engine.trained import load_run
 
@@ -215,10 +216,13 @@ def test_command(real_slide: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "maps").glob("*.unfinished"))
 
 
-def test_a_slide_that_is_none(real_slide: Path, tmp_path: Path) -> None:
+def test_a_slide_that_is_none_and_a_folder_that_is_none(real_slide: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r")
     with pytest.raises(SlideError, match="cannot open"):
         draw_heatmap(HeatmapRequest(run=folder, slide=folder / "config.json", out=tmp_path / "maps"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*/file"):
+        draw_heatmap(HeatmapRequest(run=folder, slide=real_slide, out=tmp_path / "file"))
     for settings, message in (({"top": 0.0}, "--top is 0"), ({"max_px": 3}, "--max-px is 3")):
         with pytest.raises(ConfigError, match=message):
             HeatmapRequest(run=folder, slide=real_slide, **settings)  # type: ignore[arg-type]

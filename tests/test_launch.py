@@ -16,6 +16,7 @@ from conftest import damage, edit_manifest, read_csv
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
+SMALL += ["--data.classes", "wild_type", "mutant"]
 SMALL += ["--data.max-excluded", "0.2", "--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
 # A launcher that has not ended by then hangs.
 PATIENCE_S = 240
@@ -81,7 +82,7 @@ def test_two_ranks_train_as_one_process_does(with_real_slide: Path, tmp_path: Pa
         one_rows, two_rows = read_csv(out / "one" / name), read_csv(out / "two" / name)
         assert len(one_rows) == len(two_rows) > 0
         for one_row, two_row in zip(one_rows, two_rows, strict=True):
-            assert float(one_row["probability"]) == pytest.approx(float(two_row["probability"]), abs=1e-3)
+            assert float(one_row["probability_mutant"]) == pytest.approx(float(two_row["probability_mutant"]), abs=1e-3)
     for run in ("one", "two"):
         assert [row["slide_id"] for row in read_csv(out / run / "excluded.csv")] == ["slide-000"]
 

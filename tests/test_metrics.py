@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
-from slidescale.engine.metrics import Kind, Report, auroc, confidence_bin, describe, measure, report
+from slidescale.engine.metrics import Estimate, Report, by_patient, confidence_bin, describe, measure, report
+from slidescale.engine.objective import SupervisionName
 
 # Sums of some hundred doubles in another order.
 CLOSE = pytest.approx
@@ -58,7 +59,8 @@ def test_classes_are_scikit_learns(slides: int, classes: int) -> None:
     assert len(np.unique(outputs[:, 1])) < slides, "no ties"
     values = measure("classes", targets, outputs, names)
     precisions = [reference.average_precision_score(truth[:, c], outputs[:, c]) for c in range(classes)]
-    assert values["auroc"] == CLOSE(auroc(labels, outputs))
+    scores = outputs[:, 1] if classes == 2 else outputs
+    assert values["auroc"] == CLOSE(reference.roc_auc_score(labels, scores, multi_class="ovr"))
     assert values["auprc"] == CLOSE(precisions[1] if classes == 2 else np.mean(precisions))
     assert values["accuracy"] == CLOSE(reference.accuracy_score(labels, guesses))
     assert values["balanced_accuracy"] == CLOSE(reference.balanced_accuracy_score(labels, guesses))
@@ -177,7 +179,7 @@ def test_which_pairs_compare(first: tuple, second: tuple, expected: float | None
     assert values == {"concordance": expected, "pairs": 0 if expected is None else 1}
 
 
-def cohort(kind: Kind, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if kind == "classes":
         return *classified(slides, 3), ["a", "b", "c"]
     if kind == "multi_label":
@@ -189,11 +191,11 @@ def cohort(kind: Kind, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return (targets, risks, ["risk"]) if kind == "survival" else (targets[:, :1], risks, ["value"])
 
 
-KINDS: list[Kind] = ["classes", "multi_label", "regression", "survival"]
+KINDS: list[SupervisionName] = ["classes", "multi_label", "regression", "survival"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_intervals_are_those_of_resampled_cohorts(kind: Kind) -> None:
+def test_intervals_are_those_of_resampled_cohorts(kind: SupervisionName) -> None:
     """Weights stand for slides drawn so often: the metrics of cohorts that are really put together are the same."""
     targets, outputs, names = cohort(kind, 47)
     cases = [f"patient {slide // 3}" for slide in range(47)]
@@ -210,7 +212,7 @@ def test_intervals_are_those_of_resampled_cohorts(kind: Kind) -> None:
     wide = 0
     for metric, estimate in found.values.items():
         values = [each[metric] for each in resampled if each[metric] is not None]
-        if metric.rpartition("/")[2] in ("support", "slides", "pairs") or len(values) < 54:
+        if metric.rpartition("/")[2] in ("support", "slides", "pairs") or len(values) < 54 or np.ptp(values) < 1e-12:
             assert estimate.low is None and estimate.high is None
         else:
             assert (estimate.low, estimate.high) == CLOSE(tuple(np.percentile(values, (2.5, 97.5)))), metric
@@ -219,7 +221,7 @@ def test_intervals_are_those_of_resampled_cohorts(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_of_slides_tell_nothing_new(kind: Kind) -> None:
+def test_copies_of_slides_tell_nothing_new(kind: SupervisionName) -> None:
     targets, outputs, names = cohort(kind, 41)
     cases = [f"patient {slide}" for slide in range(41)]
     once = report(kind, targets, outputs, cases, names, resamples=300)
@@ -243,6 +245,97 @@ def test_a_class_of_one_patient_has_no_interval() -> None:
     assert alone.values["accuracy"].low is not None
     one_patient = report("classes", targets, outputs, ["x"] * 23, ["a", "b"])
     assert one_patient.values["accuracy"].value is not None and one_patient.values["accuracy"].low is None
+
+
+def test_tiny_and_perfect_cohorts_have_no_interval() -> None:
+    """Resamples of four slides that are ordered right are all ordered right: that is no certainty."""
+
+    def auroc(slides_a_class: int, *, perfect: bool = False) -> Estimate:
+        targets = np.repeat([[0.0], [1.0]], slides_a_class, axis=0)
+        scores = targets[:, 0] * 0.5 + 0.25
+        if not perfect:
+            scores[0], scores[-1] = 0.7, 0.3
+        cases = [str(slide) for slide in range(len(targets))]
+        return report("classes", targets, np.c_[1 - scores, scores], cases, ["a", "b"]).values["auroc"]
+
+    for slides, perfect in ((2, True), (4, False), (50, True)):
+        assert (auroc(slides, perfect=perfect).low, auroc(slides, perfect=perfect).high) == (None, None)
+        assert auroc(slides, perfect=perfect).value is not None
+    assert auroc(5).low < auroc(5).high
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "without"),
+    [
+        ("classes", "class/a/recall", ["class/c/recall", "auroc", "balanced_accuracy"]),
+        ("multi_label", "a/auroc", ["c/auroc", "auroc"]),
+    ],
+)
+def test_a_rare_class_costs_its_own_intervals(kind: SupervisionName, metric: str, without: list[str]) -> None:
+    """Four patients are of the third class; what is of the others, or of all slides, keeps its interval."""
+    _, outputs = classified(60, 3)
+    labels = np.r_[np.arange(56) % 2, [2] * 4]
+    targets = labels[:, None].astype(float) if kind == "classes" else np.eye(3)[labels]
+    found = report(kind, targets, outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
+    assert found[metric].low is not None
+    assert [found[name].low for name in without] == [None] * len(without)
+    assert kind != "classes" or found["accuracy"].low is not None
+
+
+def test_survival_of_few_events_has_no_interval() -> None:
+    targets, risks = surviving(40)
+    targets[:, 1] = 0
+    targets[:4, 1] = 1
+    cases = [str(slide) for slide in range(40)]
+    assert report("survival", targets, risks, cases, ["risk"]).values["concordance"].low is None
+    targets[4, 1] = 1
+    assert report("survival", targets, risks, cases, ["risk"]).values["concordance"].low is not None
+
+
+# ---- patients
+
+
+def test_a_patient_is_the_mean_of_its_slides() -> None:
+    targets = np.array([[1, np.nan], [0, 1], [1, 0]])
+    outputs = np.array([[0.2, 0.3], [0.5, 0.6], [0.6, 0.9]])
+    rows, means, patients = by_patient(targets, outputs, ["y", "x", "y"])
+    assert patients == ["x", "y"]
+    assert rows.tolist() == [[0, 1], [1, 0]], "a label that one slide lacks is known of the other"
+    assert means == CLOSE(np.array([[0.5, 0.6], [0.4, 0.6]]))
+    with pytest.raises(ValueError, match=r"slides of y have different targets \(1 patients in all\)"):
+        by_patient(np.array([[1.0], [1.0], [0.0]]), outputs, ["y", "x", "y"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_of_patients(kind: SupervisionName) -> None:
+    """One that has many slides counts once; and there is nothing to add where each has one."""
+    targets, outputs, names = cohort(kind, 41)
+    again = np.repeat(np.arange(41), np.arange(41) % 4 + 1)
+    noise = np.random.default_rng(5).normal(size=(len(again), 1)) * 0.01
+    cases = [f"patient {slide:02}" for slide in again]
+    found = report(kind, targets[again], outputs[again] + noise, cases, names, resamples=20)
+    means = np.array([(outputs[again] + noise)[again == patient].mean(0) for patient in range(41)])
+    assert isinstance(found.patients, Report) and found.patients.count == 41 and found.count == len(again)
+    expected = measure(kind, targets, means, names)
+    assert {metric: estimate.value for metric, estimate in found.patients.values.items()} == {
+        metric: None if value is None else CLOSE(value) for metric, value in expected.items()
+    }
+    assert found.patients.headline[1] != found.headline[1], "or this proves nothing"
+    assert found.as_json()["patients"]["count"] == 41
+    assert f"41 patients, by the mean of their slides: {found.headline[0]}" in describe(found)
+    assert found.patients.patients is None
+    alone = report(kind, targets, outputs, [str(slide) for slide in range(41)], names, resamples=20)
+    assert alone.patients is None and "patients" not in alone.as_json()
+
+
+def test_patients_whose_slides_differ_are_not_measured() -> None:
+    targets, outputs = classified(20, 2)
+    found = report("classes", targets, outputs, [str(slide // 2) for slide in range(20)], ["a", "b"], resamples=20)
+    assert "have different targets" in found.as_json()["patients"]["note"]
+    assert "no metrics a patient" in describe(found)
+
+
+# ---- what is written
 
 
 def test_what_is_undefined_is_none() -> None:
@@ -276,6 +369,9 @@ def test_a_report_as_json_and_text() -> None:
     written = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert written["headline"] == {"metric": "auroc", "value": found.values["auroc"].value}
     assert written["values"]["ece"]["high"] == found.values["ece"].high
+    assert "positive_class" not in written
+    two = report("classes", *classified(41, 2), [str(slide) for slide in range(41)], ["a", "b"], resamples=50)
+    assert two.as_json()["positive_class"] == "b"
     lines = describe(found).splitlines()
     assert lines[1].split()[:2] == ["auroc", f"{found.values['auroc'].value:.3f}"]
     assert lines[1].endswith(f"{found.values['auroc'].low:.3f} to {found.values['auroc'].high:.3f}")

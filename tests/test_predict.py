@@ -7,17 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from slidescale.engine import main
+from slidescale.engine import predict as predict_module
 from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import ModelConfig
+from slidescale.engine.data.cohort import write_csv
+from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.errors import ConfigError, ManifestError, UserError
 from slidescale.engine.main import make_model
 from slidescale.engine.objective import CrossEntropy
@@ -28,17 +33,18 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.predict import (
     ComputeSettings,
     Failure,
-    NamedFile,
     Predictor,
     PredictRequest,
+    SlidePrediction,
     name_files,
     predict_slides,
-    read_files,
+    predict_with,
 )
 from slidescale.engine.trained import load_run
 from slidescale.engine.weights import WEIGHTS, write_weights
 
 import equivalence
+import test_frozen
 from conftest import damage, edit_manifest, read_csv
 from equivalence import Case, dropped_merge_term, mesh_for
 from runs import write_run
@@ -196,7 +202,7 @@ def test_a_setting_that_was_not_there_has_its_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), "there is no run .*/run-b, did you mean run-a"),
+        (lambda folder: shutil.rmtree(folder), "there is no run .*/run-b, did you mean 'run-a'"),
         (lambda folder: (folder / "config.json").unlink(), "is not the folder of a run: it has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*config.json"),
         (lambda folder: (folder / WEIGHTS).unlink(), "is unfinished: it has no model.safetensors"),
@@ -204,7 +210,7 @@ def test_a_setting_that_was_not_there_has_its_default(tmp_path: Path) -> None:
         (
             lambda folder: change_json(folder / "config.json", lambda c: c["config"]["model"].update(hiden_dim=3)),
             "by slidescale 0.1.0, with settings that this version does not have:\n  model.hiden_dim, did you mean "
-            "model.hidden_dim",
+            "'model.hidden_dim'",
         ),
         (
             lambda folder: change_json(folder / "config.json", lambda c: c["config"]["model"].update(dropout=3)),
@@ -303,9 +309,11 @@ def test_predictions_are_those_of_the_run(trained_run: Path, demo_manifest: Path
     own = read_csv(trained_run / "predictions.csv")
     assert own
     for row in own:
-        assert list(found[row["slide_id"]]) == ["slide_id", "path", "probability", "k"]
+        assert list(found[row["slide_id"]]) == ["slide_id", "path", "probability_mutant", "k"]
         assert found[row["slide_id"]]["k"] == row["k"]
-        assert float(found[row["slide_id"]]["probability"]) == pytest.approx(float(row["probability"]), abs=TOLERANCE)
+        assert float(found[row["slide_id"]]["probability_mutant"]) == pytest.approx(
+            float(row["probability_mutant"]), abs=TOLERANCE
+        )
 
 
 def test_three_classes(sharp_run: Path, demo_manifest: Path, tmp_path: Path) -> None:
@@ -377,13 +385,176 @@ def test_torchrun(sharp_run: Path, with_bad_slides: Path, tmp_path: Path) -> Non
     assert done.stderr.count("error: 3 of 4 slides failed") == 1, done.stderr
     (row,) = read_csv(out)
     alone = answers(TileGroup(), sharp_run, [NamedFile("slide-003", Path(row["path"]))], 64)
-    assert float(row["probability"]) == pytest.approx(float(alone[0][0][1]), abs=TOLERANCE)
+    assert float(row["probability_mutant"]) == pytest.approx(float(alone[0][0][1]), abs=TOLERANCE)
     assert sorted(path.name for path in (tmp_path / "h").iterdir()) == [
         f"slide-003_attention{ending}" for ending in (".geojson", ".png", ".tif")
     ]
 
 
-# ---- (d) what is asked
+# ---- (d) what is written
+
+
+def no_slide(self: Predictor, files: list[NamedFile]) -> Iterator[SlidePrediction | Failure]:
+    raise AssertionError("no slide may be read")
+
+
+@pytest.mark.parametrize("out", ["folder", "file/p.csv"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    sharp_run: Path, real_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Predictor, "predict", no_slide)
+    with pytest.raises(UserError, match=f"cannot write .*{out}"):
+        predict_slides(PredictRequest(run=sharp_run, slides=(real_slide,), out=tmp_path / out))
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_an_interruption_loses_no_slide(
+    sharp_run: Path, demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original = tmp_path / "p.csv", Predictor.predict
+    written: list[int] = []
+
+    def interrupted(self: Predictor, files: list[NamedFile]) -> Iterator[SlidePrediction | Failure]:
+        for answer in original(self, files[:2]):
+            written.append(len(read_csv(out)))
+            yield answer
+        written.append(len(read_csv(out)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_slides(PredictRequest(run=sharp_run, manifest=demo_manifest, out=out))
+    assert written == [0, 1, 2]
+    assert len(read_csv(out)) == 2
+
+
+def trouble_of_a_full_disk(group: TileGroup, folder: Path, files: list[NamedFile], out: Path) -> str | None:
+    """Where the table of one slide is still written, and that of two is not."""
+    mesh = Mesh() if group.size == 1 else equivalence._mesh(group.size)
+    predictor = Predictor(load_run(folder, CPU), ComputeSettings(), mesh, CPU)
+
+    def write(path: Path, header: Iterable[str], rows: list[Any]) -> None:
+        if len(rows) > 1:
+            raise OSError(28, "No space left on device")
+        write_csv(path, header, rows)
+
+    with mock.patch.object(predict_module, "write_csv", write):
+        try:
+            predict_with(predictor, PredictRequest(run=folder, slides=tuple(file.path for file in files), out=out))
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def test_every_rank_hears_of_a_full_disk(world: GetWorld, sharp_run: Path, demo_manifest: Path, tmp_path: Path) -> None:
+    """Or the others would wait for the main one for ever."""
+    files = read_files(demo_manifest, make_config(demo_manifest, tmp_path).data)[:3]
+    alone, both = tmp_path / "1.csv", tmp_path / "2.csv"
+    assert "No space left" in str(trouble_of_a_full_disk(TileGroup(), sharp_run, files, alone))
+    told = world(2).run(trouble_of_a_full_disk, sharp_run, files, both)
+    assert [f"cannot write {both}: [Errno 28] No space left on device"] * 2 == told
+    assert [row["slide_id"] for row in read_csv(alone)] == [row["slide_id"] for row in read_csv(both)] == ["slide-000"]
+
+
+def test_heatmaps_that_cannot_be_written_cost_no_prediction(sharp_run: Path, real_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "maps").touch()
+    request = PredictRequest(run=sharp_run, slides=(real_slide,), out=tmp_path / "p.csv", heatmaps=tmp_path / "maps")
+    with pytest.raises(UserError, match=f"1 of 1 slides failed:\n  {real_slide.stem}: no heatmap: .*maps"):
+        predict_slides(request)
+    assert len(read_csv(tmp_path / "p.csv")) == 1
+
+
+# ---- (e) slides with labels
+
+
+def test_metrics_of_labelled_slides(
+    trained_run: Path, demo_manifest: Path, cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the run's validation slides they are the run's own; splits are not needed."""
+
+    def only_val(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [{key: row[key] for key in row if key != "split"} for row in rows if row["split"] == "val"]
+
+    edit_manifest(cohort_copy, only_val)
+    with caplog.at_level("INFO"):
+        predict_slides(PredictRequest(run=trained_run, manifest=cohort_copy, out=tmp_path / "p.csv"))
+    found = json.loads((tmp_path / "p_metrics.json").read_text())
+    own = json.loads((trained_run / "metrics.json").read_text())
+    assert (found["split"], found["epoch_chosen_on_this_split"]) == ("external", False)
+    assert found["positive_class"] == own["positive_class"] == "mutant"
+    assert found["values"].keys() == own["values"].keys()
+    for name, estimate in own["values"].items():
+        assert found["values"][name]["value"] == (
+            None if estimate["value"] is None else pytest.approx(estimate["value"], abs=1e-4)
+        )
+    figures = {path.name for path in (tmp_path / "p_figures").iterdir()}
+    assert figures == {path.name for path in (trained_run / "figures").iterdir()}
+    line = next(message for message in caplog.messages if message.startswith("auroc"))
+    assert "of mutant, of" in line and "p_metrics.json" in line
+    assert "flatter" not in caplog.text
+
+    predict_slides(PredictRequest(run=trained_run, manifest=demo_manifest, out=tmp_path / "all.csv"))
+    assert "12 slides are in split train or val" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda row, at: {key: row[key] for key in ("slide_id", "path")}, "has no column 'label'"),
+        (lambda row, at: row | {"label": "" if at else row["label"]}, "has no label in row 3"),
+    ],
+)
+def test_slides_without_labels_have_no_metrics(
+    sharp_run: Path, cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, str], int], dict[str, str]], told: str,
+) -> None:  # fmt: skip
+    edit_manifest(cohort_copy, lambda rows: [change(row, at) for at, row in enumerate(rows[:2])])
+    with caplog.at_level("INFO"):
+        predict_slides(PredictRequest(run=sharp_run, manifest=cohort_copy, out=tmp_path / "p.csv"))
+    assert "predictions without metrics: " in caplog.text and told in caplog.text
+    assert [path.name for path in tmp_path.glob("p*")] == ["p.csv"]
+    assert len(read_csv(tmp_path / "p.csv")) == 2
+
+
+def test_labels_that_the_run_does_not_know(
+    sharp_run: Path, cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(cohort_copy, lambda rows: [rows[0], rows[1] | {"label": "mutent"}])
+    monkeypatch.setattr(Predictor, "predict", no_slide)
+    with pytest.raises(
+        UserError, match="row 3: label 'mutent' is not among .*wild_type, mutant, did you mean 'mutant'"
+    ):
+        predict_slides(PredictRequest(run=sharp_run, manifest=cohort_copy, out=tmp_path / "p.csv"))
+
+
+# ---- (f) a frozen encoder
+
+
+def test_a_frozen_encoder_whose_file_has_moved(demo_manifest: Path, tmp_path: Path) -> None:
+    weights = test_frozen.write_weights(tmp_path / "weights.pth")
+    folder = main.run(test_frozen.make_config(demo_manifest, tmp_path, weights))
+    before = load_run(folder, CPU).model.state_dict()
+    moved = weights.rename(tmp_path / "moved.pth")
+    with pytest.raises(UserError, match="whose weights are not in .*weights.pth: name their file by --weights"):
+        load_run(folder, CPU)
+    slide = demo_manifest.parent / "slides" / "slide-000.svs"
+    predict_slides(PredictRequest(run=folder, slides=(slide,), out=tmp_path / "p.csv", weights=moved))
+    assert len(read_csv(tmp_path / "p.csv")) == 1
+    found = load_run(folder, CPU, encoder_weights=moved).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    other = test_frozen.write_weights(tmp_path / "other.pth", seed=2)
+    with pytest.raises(UserError, match="of other weights than .*other.pth has now"):
+        load_run(folder, CPU, encoder_weights=other)
+
+
+def test_weights_for_an_encoder_that_has_its_own(sharp_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--weights is .*: the encoder of .* is not frozen"):
+        load_run(sharp_run, CPU, encoder_weights=tmp_path / "weights.pth")
+
+
+# ---- (g) what is asked
 
 
 @pytest.mark.parametrize(
@@ -409,9 +580,12 @@ def test_files_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("slide_id,file\na,b\n", "has no column path; it has: slide_id, file"),
+        ("slide_id,file\na,b\n", r"no column 'path' \(as in the run's manifest\). It has: slide_id, file"),
         ("slide_id,path\n", "a header and no rows"),
-        ("slide_id,path\na,b\n,c\na,\n", "row 3: slide_id is empty\n  row 4: path is empty\n  row 4: 'a' already .* 2"),
+        (
+            "slide_id,path\na,b\n,c\na,\n",
+            "row 3: slide_id is empty\n  row 4: path is empty\n  row 4: slide_id 'a' already .* 2",
+        ),
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:

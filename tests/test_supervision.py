@@ -28,6 +28,7 @@ from slidescale.engine.objective import (
     make_objective,
     survival_edges,
 )
+from slidescale.engine.predict import PredictRequest, predict_slides
 
 from conftest import edit_manifest, read_csv
 from test_training import make_config
@@ -405,6 +406,10 @@ def test_runs(
     assert metrics["headline"]["metric"] == headline
     assert metrics["values"][headline]["value"] == metrics["headline"]["value"]
     assert list((folder / "figures").glob("*.png"))
+    edit_manifest(cohort_copy, lambda rows: [row for row in rows if row["split"] == "val"])
+    predict_slides(PredictRequest(run=folder, manifest=cohort_copy, out=tmp_path / "p.csv"))
+    again = json.loads((tmp_path / "p_metrics.json").read_text())
+    assert again["headline"]["value"] == pytest.approx(metrics["headline"]["value"], abs=1e-4)
     assert [path.stem for path in (folder / "heatmaps").glob("*.png")] == [val[0]["slide_id"]]
 
 

@@ -1,6 +1,7 @@
 """Whole runs in this process: what they write, how they resume, and what bad input does to them."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +65,7 @@ def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
     val = [row for row in read_csv(demo_manifest) if row["split"] == "val"]
     predictions = read_csv(folder / "predictions.csv")
     assert [row["slide_id"] for row in predictions] == [row["slide_id"] for row in val]
-    assert all(0 < float(row["probability"]) < 1 for row in predictions)
+    assert all(0 < float(row["probability_mutant"]) < 1 for row in predictions)
     assert all(int(row["k"]) > 100 for row in predictions), "validation uses all tissue tiles, not k"
     assert len(list((folder / "heatmaps").glob("*.png"))) == 2
     links = {name: (folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
@@ -84,6 +85,47 @@ def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
     assert metrics["headline"]["metric"] == "auroc"
     assert set(metrics["values"]["auroc"]) == {"value", "low", "high"}
     assert not (folder / "excluded.csv").exists()
+
+
+def test_classes_and_what_metrics_are_of_are_told(
+    cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without --data.classes they are sorted; without a val split no epoch is chosen. Both are told."""
+    with caplog.at_level(logging.INFO):
+        folder = main.run(make_config(cohort_copy, tmp_path / "sorted", epochs=1, classes=()))
+    assert "classes: mutant, wild_type (" in caplog.text and "AUROC are those of wild_type" in caplog.text
+    assert "no epoch can be chosen" not in caplog.text
+    assert "probability_wild_type" in read_csv(folder / "predictions.csv")[0]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["positive_class"] == "wild_type"
+    assert (metrics["split"], metrics["epoch_chosen_on_this_split"]) == ("val", True)
+    caplog.clear()
+    edit_manifest(cohort_copy, lambda rows: [row | {"split": "train"} for row in rows])
+    with caplog.at_level(logging.INFO):
+        main.run(make_config(cohort_copy, tmp_path / "train", epochs=2))
+    assert caplog.text.count("no slide is in split 'val': no epoch can be chosen") == 1
+    assert (tmp_path / "train" / "t" / "checkpoints" / "best").resolve().name == "epoch-0002"
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json", "figures", "heatmaps"])
+def test_a_result_that_cannot_be_written_does_not_end_the_run(
+    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Something else stands where it is to be written, in the first epoch already; the rest is there."""
+    original = Trainer._train_epoch
+
+    def block(self: Trainer, epoch: int, step: int) -> Any:
+        path = self.folder / name
+        path.touch() if "." not in name else path.mkdir(exist_ok=True)
+        return original(self, epoch, step)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", block)
+    folder = main.run(make_config(demo_manifest, tmp_path))
+    assert f"cannot write {folder / name}" in caplog.text
+    assert (folder / "checkpoints" / "last").resolve().name == "epoch-0002"
+    others = {"predictions.csv", "metrics.json", "figures/roc.png", "history.csv"} - {name, f"{name}/roc.png"}
+    assert all((folder / other).is_file() for other in others)
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_resumed_run_equals_an_uninterrupted_one(
@@ -298,7 +340,9 @@ def test_test_split_is_predicted_by_the_best_epoch(cohort_copy: Path, tmp_path: 
     tested = [row["slide_id"] for row in read_csv(cohort_copy) if row["split"] == "test"]
     assert tested
     assert [row["slide_id"] for row in read_csv(folder / "predictions_test.csv")] == tested
-    assert json.loads((folder / "metrics_test.json").read_text())["headline"]["metric"] == "auroc"
+    metrics = json.loads((folder / "metrics_test.json").read_text())
+    assert metrics["headline"]["metric"] == "auroc"
+    assert (metrics["split"], metrics["epoch_chosen_on_this_split"]) == ("test", False)
     assert list((folder / "figures_test").glob("*.png"))
 
 

@@ -1,12 +1,13 @@
 """The manifest: which slides there are, what they are labelled, and how they are split."""
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from slidescale.engine.config import DataConfig
-from slidescale.engine.data.targets import Problem, Record, near, read_targets
+from slidescale.engine.data.targets import MISSING, Problem, Record, near, read_targets
 from slidescale.engine.errors import ManifestError
 from slidescale.engine.objective import SupervisionName
 
@@ -48,14 +49,36 @@ class Manifest:
         return [row for row in self.rows if row.split == name]
 
 
+class NamedFile(NamedTuple):
+    """A slide to predict; no label, no split."""
+
+    slide_id: str
+    path: Path
+
+
+class Labels(NamedTuple):
+    """What a manifest says of slides that are to be predicted.
+
+    Attributes:
+        targets: as `ManifestRow.target`, by slide_id.
+        cases: patient, by slide_id.
+        seen: number of slides in split train or val.
+    """
+
+    targets: dict[str, tuple[float, ...]]
+    cases: dict[str, str]
+    seen: int
+
+
 def read_manifest(path: Path, config: DataConfig) -> Manifest:
     """Read and check a manifest.
 
     Raises:
         ManifestError: lists every problem of the file, each with its row (the header is row 1).
     """
-    records = _read_records(path, config)
-    problems = [*_missing_cells(records, config), *_repeated_slides(records, config), *_mixed_cases(records, config)]
+    full = _full_columns(config)
+    records = _read_records(path, full | dict.fromkeys(config.label_columns, "--data.label-columns"))
+    problems = [*_missing_cells(records, full), *_repeated_slides(records, config), *_mixed_cases(records, config)]
     problems += _bad_splits(records, config)
     targets = read_targets(records, config)
     problems += targets.problems
@@ -69,9 +92,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
         if record[config.path_column] and not file.is_file():
             problems.append((number, f"no file {file}"))
         rows.append((number, record, file))
-    if problems:
-        lines = "\n".join(f"  row {number}: {text}" if number else f"  {text}" for number, text in sorted(problems))
-        raise ManifestError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+    _refuse(path, problems)
     return Manifest(
         rows=tuple(
             ManifestRow(
@@ -88,8 +109,70 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
     )
 
 
-def _read_records(path: Path, config: DataConfig) -> list[Record]:
-    """(row number, cells) of each row, after checking that the file has the columns."""
+def read_files(path: Path, config: DataConfig) -> list[NamedFile]:
+    """The slides of a manifest, of which only names and paths are looked at.
+
+    Raises:
+        ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
+            file is missing is not among these: it is that slide's failure alone.
+    """
+    columns = {config.slide_column: "as in the run's manifest", config.path_column: "as in the run's manifest"}
+    records = _read_records(path, columns)
+    _refuse(path, [*_missing_cells(records, columns), *_repeated_slides(records, config)])
+    return [NamedFile(row[config.slide_column], path.parent / row[config.path_column]) for _, row in records]
+
+
+def read_labels(path: Path, config: DataConfig, names: Sequence[str]) -> Labels | str:
+    """What a manifest says of slides that a trained run is to predict, in the columns of the run's own manifest.
+
+    A slide without a patient is taken as a patient's only one.
+
+    Args:
+        config: of the run.
+        names: of what it predicts, as `Manifest.classes`.
+
+    Returns:
+        The labels; or, where the manifest does not have them of every slide, what is missing.
+
+    Raises:
+        ManifestError: it cannot be read, or lists every label that is none of the run's.
+    """
+    records = _read_records(path, {})
+    columns = config.label_columns or (config.label_column,)
+    if config.supervision == "survival":
+        columns = (*columns, config.event_column)
+    if absent := [repr(name) for name in columns if name not in records[0][1]]:
+        return f"{path} has no column {', '.join(absent)}"
+    enough = any if config.supervision == "multi_label" else all
+    missing = {""} if config.supervision == "classes" else MISSING
+    blank = [number for number, row in records if not enough(row[name].lower() not in missing for name in columns)]
+    if blank:
+        return f"{path} has no label in row {', '.join(map(str, blank[:5]))}{', …' * (len(blank) > 5)}"
+    if config.supervision == "classes":
+        config = replace(config, classes=tuple(names))
+    # What is asked of a train split is not asked of these.
+    targets = read_targets([(number, row | {config.split_column: ""}) for number, row in records], config)
+    _refuse(path, targets.problems)
+    return Labels(
+        {row[config.slide_column]: targets.values[number] for number, row in records},
+        {row[config.slide_column]: row.get(config.case_column) or row[config.slide_column] for _, row in records},
+        seen=sum(row.get(config.split_column) in ("train", "val") for _, row in records),
+    )
+
+
+def _refuse(path: Path, problems: list[Problem]) -> None:
+    """Tell of all problems, if there are any."""
+    if problems:
+        lines = "\n".join(f"  row {number}: {text}" if number else f"  {text}" for number, text in sorted(problems))
+        raise ManifestError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+
+
+def _read_records(path: Path, columns: Mapping[str, str]) -> list[Record]:
+    """(row number, cells) of each row.
+
+    Args:
+        columns: that there must be, each with what names it.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -106,9 +189,7 @@ def _read_records(path: Path, config: DataConfig) -> list[Record]:
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     missing = [
-        f"no column {name!r} (--data.{option.replace('_', '-')})" + near(name, found)
-        for option, name in [*_full_columns(config), *(("label_columns", name) for name in config.label_columns)]
-        if name not in found
+        f"no column {name!r} ({source})" + near(name, found) for name, source in columns.items() if name not in found
     ]
     if missing:
         raise ManifestError(f"{path}: " + "; ".join(missing) + f". It has: {', '.join(found) or 'nothing'}")
@@ -117,18 +198,18 @@ def _read_records(path: Path, config: DataConfig) -> list[Record]:
     return records
 
 
-def _full_columns(config: DataConfig) -> list[tuple[str, str]]:
+def _full_columns(config: DataConfig) -> dict[str, str]:
     """The columns, with the settings that name them, of which no cell may be empty; multi_label's labels may."""
     names = ["slide_column", "case_column", "path_column", "split_column"]
     if config.supervision != "multi_label":
         names.append("label_column")
     if config.supervision == "survival":
         names.append("event_column")
-    return [(name, getattr(config, name)) for name in names]
+    return {getattr(config, name): f"--data.{name.replace('_', '-')}" for name in names}
 
 
-def _missing_cells(records: list[Record], config: DataConfig) -> list[Problem]:
-    return [(n, f"{name} is empty") for n, row in records for _, name in _full_columns(config) if not row[name]]
+def _missing_cells(records: list[Record], columns: Mapping[str, str]) -> list[Problem]:
+    return [(number, f"{name} is empty") for number, row in records for name in columns if not row[name]]
 
 
 def _repeated_slides(records: list[Record], config: DataConfig) -> list[Problem]:
