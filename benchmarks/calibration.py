@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.main import make_model
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.memory.usage import keep_freed_memory
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, is_main_rank, make_mesh, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup

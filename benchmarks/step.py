@@ -22,11 +22,12 @@ import torch
 from slidescale.engine.data.bag import Bag
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.feed import Share, Step
-from slidescale.engine.main import has_bf16, make_model
 from slidescale.engine.memory.usage import keep_freed_memory
+from slidescale.engine.models.make import make_model
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.strategy import SingleStrategy
+from slidescale.engine.place import has_bf16
 from slidescale.engine.step import TrainStep
 from slidescale.kernels.dispatch import choose_kernels
 

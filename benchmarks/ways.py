@@ -19,9 +19,9 @@ from slidescale.engine.data.synthetic import MPP_UM
 from slidescale.engine.data.tiling import TileSpec, Tiling
 from slidescale.engine.ds_config import Schedule, complete_ds_config
 from slidescale.engine.feed import Feed
-from slidescale.engine.main import make_model
 from slidescale.engine.memory.run_plan import make_offload, plan_run
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh, make_mesh
@@ -193,7 +193,7 @@ class Way(ABC):
 
 
 class EngineWay(Way):
-    """The engine, as `slidescale.engine.main.run` puts it together."""
+    """The engine, as `slidescale.engine.run.run` puts it together."""
 
     def __init__(self, cell: Cell, source: Source, device: torch.device, folder: Path) -> None:
         super().__init__(cell, source, device)

@@ -29,11 +29,11 @@ import torch
 
 from slidescale.engine.config import ModelConfig
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.main import make_model
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import measure as measure_footprint
 from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, CHUNK_CAP, UTILISATION, sizes_to_measure
 from slidescale.engine.memory.usage import available_bytes
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.kernels.dispatch import choose_kernels
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, RunConfig
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.main import make_model
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import (
@@ -30,6 +29,7 @@ from slidescale.engine.memory.planner import (
     step_seconds,
 )
 from slidescale.engine.memory.usage import GIB, format_size, parse_size
+from slidescale.engine.models.make import make_model
 
 # Of a GPU's memory: CUDA's context and the libraries' workspaces, in bytes; and what fragmentation costs, as a share.
 CUDA_RESERVE = GIB

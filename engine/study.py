@@ -28,11 +28,12 @@ from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.main import exit_telling, has_manifest, run
+from slidescale.engine.main import exit_telling, has_manifest
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.report import save_png
+from slidescale.engine.run import run
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, git_commit
 from slidescale.engine.study_picture import Point, draw_against_k
 

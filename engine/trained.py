@@ -16,7 +16,7 @@ from slidescale.engine.config import Config, flatten
 from slidescale.engine.data.targets import near
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.frozen import fingerprint
-from slidescale.engine.main import make_model
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective, make_objective
 from slidescale.engine.weights import WEIGHTS, read_metadata, read_weights

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from slidescale.engine.main import make_model
+from slidescale.engine.models.make import make_model
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.strategy import SingleStrategy
 from slidescale.engine.run_folder import record_run

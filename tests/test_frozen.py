@@ -33,6 +33,7 @@ from slidescale.engine.frozen import encode_cohort, encode_slide, fingerprint
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import Job, choose
 from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.optim import make_optimizer, parameter_groups
@@ -141,7 +142,7 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
     folder = main.run(config)
     rows = [row for row in read_manifest(demo_manifest, config.data).rows if row.split == "train"]
     assert len(rows) >= 3
-    model = main.make_model(config, classes=2, bf16=False, kernels="torch").without_encoder()
+    model = make_model(config, classes=2, bf16=False, kernels="torch").without_encoder()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
     scheduler = GroupSchedule(optimizer, config.optim, make_schedule(config, steps_an_epoch=len(rows)))
@@ -418,13 +419,13 @@ def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
 def test_the_plan_counts_features_and_no_encoder() -> None:
     config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
     footprint = measure(
-        lambda: main.make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
+        lambda: make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
         tile_px=224, chunks=[1, 1024], bags=[1, 1000],
     )  # fmt: skip
     assert footprint.tile_bytes == 4 * footprint.dim
     curves = (footprint.forward, footprint.graph, footprint.backward, footprint.building, footprint.storage)
     assert not any(curve(1000) for curve in curves)
-    model = main.make_model(config, classes=2, bf16=False, kernels="torch")
+    model = make_model(config, classes=2, bf16=False, kernels="torch")
     assert footprint.parameters == sum(parameter.numel() for parameter in model.aggregator.parameters())
     plan = choose(Job(footprint=footprint), k=1000, budget=2**31, base=0, policy="recompute", chunk=1024)
     assert plan.need.pixels == 2 * 1000 * 4 * footprint.dim

@@ -24,7 +24,7 @@ from slidescale.engine.config import ModelConfig
 from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.errors import ConfigError, ManifestError, UserError
-from slidescale.engine.main import make_model
+from slidescale.engine.models.make import make_model
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.rank_group import RankGroup

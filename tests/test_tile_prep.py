@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from slidescale.engine.config import Config, DataConfig, ModelConfig, RunConfig
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.main import make_model
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.models.tile_prep import TilePrep
 from slidescale.kernels import dispatch

@@ -1,0 +1,78 @@
+"""The model that a config asks for."""
+
+import logging
+
+import torch
+
+from slidescale.engine.config import Config
+from slidescale.engine.memory.two_pass import seeded
+from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.encoder import Encoder, GivenFeatures
+from slidescale.engine.models.foundation import find_foundation_model
+from slidescale.engine.models.slide_model import SlideModel
+from slidescale.kernels.dispatch import KernelName
+
+log = logging.getLogger(__name__)
+
+
+def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName) -> SlideModel:
+    """Encoder and aggregator, initialised from the run's seed."""
+    settings = config.model
+    with seeded(torch.device("cpu"), config.run.seed, "model"):
+        encoder = Encoder(
+            settings.encoder,
+            tile_px=config.data.tile_px,
+            pretrained=settings.pretrained,
+            weights=settings.weights,
+            drop_path=settings.drop_path,
+            lora_rank=settings.lora_rank,
+            augment_symmetry=config.data.augment_symmetry,
+            stain_jitter=config.data.stain_jitter,
+            kernels=kernels,
+        )
+        encoder.set_checkpointing(config.memory.checkpoint_blocks)
+        aggregator = Aggregator(
+            encoder.dim,
+            classes,
+            pooling=settings.pooling,
+            hidden_dim=settings.hidden_dim,
+            attention_dim=settings.attention_dim,
+            attention_branches=settings.attention_branches,
+            attention_dropout=settings.attention_dropout,
+            dropout=settings.dropout,
+            slide_norm=settings.slide_norm,
+            transformer_layers=settings.transformer_layers,
+            transformer_heads=settings.transformer_heads,
+            transformer_spread=settings.transformer_spread,
+            kernels=kernels,
+        )
+    return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
+
+
+def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
+    """Tell of a foundation model's source and licence, and warn of an encoder that can hardly learn as it is set up."""
+    settings = config.model
+    known = find_foundation_model(settings.encoder)
+    if known:
+        log.info("encoder %s: %s; licence: %s", known[0], known[1].source, known[1].licence)
+    if settings.pretrained or settings.weights:
+        return
+    if settings.lora_rank:
+        log.warning(
+            "--model.lora-rank trains adapters of %s, whose own weights stay as they are, and these are random: "
+            "use --model.pretrained or --model.weights",
+            settings.encoder,
+        )
+    if known:
+        log.warning("%s has random weights: use --model.pretrained or --model.weights", settings.encoder)
+    elif settings.frozen:
+        log.warning(
+            "--model.frozen keeps %s as it is, and its weights are random: use --model.pretrained or --model.weights",
+            settings.encoder,
+        )
+    elif encoder.has_batch_norm() and not settings.slide_norm:
+        log.warning(
+            "%s has BatchNorm layers, whose statistics never train here, and random weights: it will hardly learn. "
+            "Use pretrained weights, an encoder with other normalisation (resnet50_gn), or --model.slide-norm",
+            settings.encoder,
+        )
