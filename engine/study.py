@@ -107,13 +107,21 @@ class Outcome:
     seconds: float
 
 
-def main(description: str, *, default: StudyConfig, demo: StudyConfig, argv: Sequence[str] | None = None) -> None:
+def main(
+    description: str,
+    *,
+    default: StudyConfig,
+    demo: StudyConfig,
+    about_demo: str,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Run a study from the command line.
 
     Args:
         description: shown by --help.
         default: the study's settings when a manifest is given.
         demo: its settings without one, for the demo cohort.
+        about_demo: a paragraph for the page of a study of the demo cohort.
         argv: the command line; None takes the process's.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -134,7 +142,8 @@ def main(description: str, *, default: StudyConfig, demo: StudyConfig, argv: Seq
                 text, folder, (time.perf_counter() - begin) / 60,
             )  # fmt: skip
             if study.page is not None:
-                write_page(study.page, text, folder / "k_study.png", argv)
+                about = about_demo if study.config.data.manifest is None else ""
+                write_page(study.page, about, text, folder / "k_study.png", argv)
         stop_world()
     except UserError as error:
         exit_telling(error)
@@ -222,8 +231,8 @@ def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     )
 
 
-def write_page(page: Path, text: str, picture: Path, argv: Sequence[str]) -> None:
-    """A page with the study's command, table and picture."""
+def write_page(page: Path, about: str, text: str, picture: Path, argv: Sequence[str]) -> None:
+    """A page with the study's command, what it is about, its table and picture."""
     page.parent.mkdir(parents=True, exist_ok=True)
     shown = page.with_name(picture.name)
     shown.write_bytes(picture.read_bytes())
@@ -235,6 +244,7 @@ def write_page(page: Path, text: str, picture: Path, argv: Sequence[str]) -> Non
         f"    python recipes/k_study.py {shlex.join(argv)}",
         f"On {len(os.sched_getaffinity(0))} cores; {made}. Medians over seeds and, in brackets, their range, "
         "at the last epoch.",
+        *([about] if about else []),
         f"![Training loss and validation against K]({shown.name})",
         text,
     ]
