@@ -22,7 +22,7 @@ The slides are the demo cohort's with small foci, read at 1 µm a pixel in tiles
 the difference have a radius of 5 pixels, and those that they must be told from, 2.4. A network from random weights
 learns that from the slides' labels; the features of the frozen encoder, which has seen photographs, hardly hold it. At
 0.5 µm a pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`): what is shown is that gradients
-through all tiles teach an encoder what its slides ask for, and not that a frozen encoder is worse wherever it is used."""
+through all tiles teach an encoder what its slides ask for, and not that a frozen encoder is always worse."""
 
 if __name__ == "__main__":
     main(
