@@ -4,7 +4,7 @@
 #   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
 #   make lint                                       style and types
 #   make bench                                      what steps cost on this machine: docs/benchmarks.md, in ten minutes
-#   make k-study                                    training against K and beside a frozen encoder: docs/k_study.md
+#   make k-study                                    training against K and beside a frozen encoder: docs/k_study.md, in 25 minutes
 #   make bench-full                                 and with tiles of full size, up to a whole slide of 20,000: an hour
 PYTHON ?= python3
 RANKS ?=

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from slidescale.engine.config import Config
 from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.evaluation import SHOWN
 from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
 from slidescale.engine.main import exit_telling, has_manifest
@@ -34,7 +35,7 @@ from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world,
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.report import save_png
 from slidescale.engine.run import run
-from slidescale.engine.run_folder import check_same_settings, find_run_folder, git_commit
+from slidescale.engine.run_folder import check_same_settings, find_run_folder, read_record
 from slidescale.engine.study_picture import Point, draw_against_k
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def main(
             )  # fmt: skip
             if study.page is not None:
                 about = about_demo if study.config.data.manifest is None else ""
-                write_page(study.page, about, text, folder / "k_study.png", argv)
+                write_page(study.page, about, text, folder, argv)
         stop_world()
     except UserError as error:
         exit_telling(error)
@@ -214,7 +215,8 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     """A Markdown table of medians, with the range over seeds."""
-    lines = [["trained", "K", "tiles a bag", "train loss", f"validation {metric}", "seeds", "minutes a run"]]
+    shown = SHOWN.get(metric, metric)
+    lines = [["trained", "K", "tiles a bag", "train loss", f"validation {shown}", "seeds", "minutes a run"]]
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.arm == arm]
         lines.append([
@@ -231,13 +233,16 @@ def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     )
 
 
-def write_page(page: Path, about: str, text: str, picture: Path, argv: Sequence[str]) -> None:
-    """A page with the study's command, what it is about, its table and picture."""
+def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[str]) -> None:
+    """A page with the study's command, what it is about, its table and the picture that `folder` has."""
+    picture = folder / "k_study.png"
     page.parent.mkdir(parents=True, exist_ok=True)
     shown = page.with_name(picture.name)
     shown.write_bytes(picture.read_bytes())
-    commit = git_commit()
-    made = f"PyTorch {torch.__version__.split('+')[0]}" + (f"; commit {commit[:12]}" if commit else "")
+    # Of the runs, which may be older than the code that puts them together.
+    commits = {read_record(record.parent)["commit"] for record in folder.glob("*/config.json")} - {None}
+    made = f"PyTorch {torch.__version__.split('+')[0]}"
+    made += f"; commit {', '.join(sorted(commit[:12] + commit[40:] for commit in commits))}" if commits else ""
     parts = [
         "# More tiles a slide",
         "Written by this command, which trains on more and more of each slide, and beside that on a frozen encoder:",
@@ -259,7 +264,7 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
         for each in outcomes
         if each.metric is not None
     ]
-    picture = draw_against_k(losses, scores, metric)
+    picture = draw_against_k(losses, scores, SHOWN.get(metric, metric))
     save_png(picture, folder / "k_study.png")
     with SummaryWriter(str(folder / "study")) as board:
         board.add_image("k_study", picture, 0, dataformats="HWC")
