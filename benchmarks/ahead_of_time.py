@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from page import table
+from slidescale.engine.markdown import table
 
 KIB = 1024
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slidescale.engine.markdown import table
 from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
 from slidescale.kernels.gated_attention import Gate, gated_attention
 from slidescale.kernels.gated_attention.reference import gated_attention as define_attention
@@ -31,7 +32,7 @@ from slidescale.kernels.tile_prep import prepare_tiles
 from slidescale.kernels.tile_prep.reference import prepare_tiles as define_tiles
 
 from ahead_of_time import Shape, compile_all, describe
-from page import table, write_section
+from page import write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 MIB = 1024**2

@@ -3,15 +3,6 @@
 from pathlib import Path
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned for terminals."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
 def write_section(page: Path, head: str, name: str, text: str) -> None:
     """Replace one section of a page, or add it; a new page begins with `head`."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"

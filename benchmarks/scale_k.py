@@ -28,6 +28,7 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.markdown import table
 from slidescale.engine.memory.usage import GIB, available_bytes, format_size, parse_size
 from slidescale.engine.stopwatch import PHASES
 
@@ -36,7 +37,7 @@ from cell import PLANTED, measure
 from drawn_slide import write_slide
 from harness import Ended, Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
-from page import table, write_section
+from page import write_section
 from picture import draw
 from ways import BASELINES, POLICIES, STRATEGIES, Cell
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from slidescale.engine.markdown import table
 from slidescale.engine.memory.usage import available_bytes, format_size
 from slidescale.engine.stopwatch import PHASES
 
@@ -30,7 +31,7 @@ from communication import total
 from drawn_slide import write_slide
 from harness import Limits, Rows, describe_machine, tell_machine
 from judgement import Judge
-from page import table, write_section
+from page import write_section
 from ways import POLICIES, STRATEGIES, Cell
 
 # The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.

@@ -29,6 +29,7 @@ import torch
 
 from slidescale.engine.config import ModelConfig
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.markdown import table
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import measure as measure_footprint
 from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, CHUNK_CAP, UTILISATION, sizes_to_measure
@@ -43,7 +44,7 @@ from cell import measure
 from drawn_slide import write_slide
 from harness import Limits, describe_machine, tell_machine
 from networks import Link, Network, find_network
-from page import table, write_section
+from page import write_section
 from scaling_model import TERMS, Costs, Job, Shape, device_costs, efficiency, messages, shape_of, step_terms
 from scaling_picture import draw
 from ways import CLASSES, STRATEGIES, Cell

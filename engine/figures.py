@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from slidescale.engine.metrics import CALIBRATION_BINS, by_patient, confidence_bin, measure
+from slidescale.engine.intervals import by_patient
+from slidescale.engine.metrics import CALIBRATION_BINS, confidence_bin, measure
 from slidescale.engine.objective import SupervisionName
 
 # Okabe & Ito's colours, which people who see colours differently tell apart; then the same in other strokes.

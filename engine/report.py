@@ -20,7 +20,7 @@ from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
 from slidescale.engine.figures import draw
-from slidescale.engine.metrics import Report, report
+from slidescale.engine.intervals import Report, report
 from slidescale.engine.objective import SupervisionName
 
 log = logging.getLogger(__name__)

@@ -30,6 +30,7 @@ from slidescale.engine.evaluation import SHOWN
 from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
 from slidescale.engine.main import exit_telling, has_manifest
+from slidescale.engine.markdown import table
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -216,21 +217,18 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
 def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     """A Markdown table of medians, with the range over seeds."""
     shown = SHOWN.get(metric, metric)
-    lines = [["trained", "K", "tiles a bag", "train loss", f"validation {shown}", "seeds", "minutes a run"]]
+    header = ["trained", "K", "tiles a bag", "train loss", f"validation {shown}", "seeds", "minutes a run"]
+    rows = []
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.arm == arm]
-        lines.append([
+        rows.append([
             mine[0].trained, "all" if mine[0].trained == "frozen" else arm.removeprefix("k-"),
             f"{statistics.median(outcome.tiles for outcome in mine):,.0f}",
             _median_and_range([outcome.train_loss for outcome in mine]),
             _median_and_range([outcome.metric for outcome in mine if outcome.metric is not None]),
             str(len(mine)), f"{statistics.median(outcome.seconds for outcome in mine) / 60:.1f}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
-    )
+    return table(header, rows)
 
 
 def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[str]) -> None:

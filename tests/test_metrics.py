@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
-from slidescale.engine.metrics import Estimate, Report, by_patient, confidence_bin, describe, measure, report
+from slidescale.engine.intervals import Estimate, Report, by_patient, describe, report
+from slidescale.engine.metrics import confidence_bin, measure
 from slidescale.engine.objective import SupervisionName
 
 # Sums of some hundred doubles in another order.
