@@ -96,9 +96,9 @@ class Checkpoints:
         return progress
 
     def last_is_best(self) -> bool:
-        """Whether `best` names the same epoch as `last`, as the main rank sees it; every rank calls it."""
-        here = [(self.folder / name).resolve() for name in ("last", "best")]
-        return self._world.gather_objects(here[0] == here[1])[0]
+        """Whether `best` names the same epoch as `last`; every rank calls it."""
+        last, best = self.folder / "last", self.folder / "best"
+        return self._world.ask_main(lambda: last.resolve() == best.resolve())
 
     def load(self, strategy: Strategy, name: str) -> Progress:
         """Restore "last" or "best"; every rank calls it.
@@ -159,6 +159,11 @@ class Checkpoints:
 def epoch_name(epoch: int) -> str:
     """The folder of the checkpoint of so many completed epochs."""
     return f"epoch-{epoch:04d}"
+
+
+def is_reported(folder: Path) -> bool:
+    """Whether the epoch of the last checkpoint in `folder` has been validated and told of."""
+    return not _read_progress((folder / "last").resolve())["progress"].get("unreported")
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def encode_cohort(
     """
     rows = {row.slide_id: row for row in cohort.manifest.rows if row.slide_id not in cohort.excluded}
     # The main rank looks for all: a file that appears meanwhile, another run's, would divide the ranks.
-    missing = mesh.world.gather_objects([] if mesh.world.rank else _missing(rows, cohort, store))[0]
+    missing = mesh.world.ask_main(lambda: _missing(rows, cohort, store))
     tiles = {slide_id: len(cohort.tilings[slide_id].coords) for slide_id in missing}
     queue = sorted(missing, key=lambda slide_id: (-tiles[slide_id], slide_id))
     log.info(
@@ -76,22 +76,24 @@ def encode_cohort(
     faults: dict[str, str] = {}
     trouble = None
     model.eval()
-    while (place := begun.add(1) - 1) < len(queue):
-        slide_id = queue[place]
-        row, tiling = rows[slide_id], cohort.tilings[slide_id]
-        try:
-            parts = []
-            for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
-                parts.append(part)
-                meter.reach(encoded.add(len(part)))
-            store.save(row.path, tiling, torch.cat(parts))
-        except SlideError as error:
-            faults[slide_id] = str(error)
-            encoded.add(tiles[slide_id] - sum(map(len, parts)))
-        except OSError as error:  # a full disk, say; the other ranks begin no more, and hear of it below
-            trouble = f"cannot write features to {store.folder}: {error}"
-            begun.add(len(queue))
-    ended.add(1)
+    try:
+        while (place := begun.add(1) - 1) < len(queue):
+            slide_id = queue[place]
+            row, tiling = rows[slide_id], cohort.tilings[slide_id]
+            try:
+                parts = []
+                for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
+                    parts.append(part)
+                    meter.reach(encoded.add(len(part)))
+                store.save(row.path, tiling, torch.cat(parts))
+            except SlideError as error:
+                faults[slide_id] = str(error)
+                encoded.add(tiles[slide_id] - sum(map(len, parts)))
+            except OSError as error:  # a full disk, say; the other ranks begin no more, and hear of it below
+                trouble = f"cannot write features to {store.folder}: {error}"
+                begun.add(len(queue))
+    finally:
+        ended.add(1)  # whatever has happened: the others would look for ever
     while ended.add(0) < mesh.world.size:
         time.sleep(POLL_S)
         meter.reach(encoded.add(0))

@@ -215,6 +215,9 @@ def _fewest_patients(
         own = {f"class/{name}": patients(targets[:, 0] == index) for index, name in enumerate(names)}
         averaged = list(own.values())
         alike = dict.fromkeys(("accuracy", "ece", "brier"), everyone)
+        # A class's area needs the others, too.
+        others = {f"class/{name}/auroc": patients(targets[:, 0] != index) for index, name in enumerate(names)}
+        against = {metric: min(count, own[metric.rpartition("/")[0]]) for metric, count in others.items()}
     else:
         own = {
             name: min(patients(column == answer) for answer in (0, 1))
@@ -222,8 +225,10 @@ def _fewest_patients(
         }
         averaged = [count for count in own.values() if count]  # as `_multi_label` averages
         alike = {}
+        against = {}
     overall = min(averaged, default=0)
-    return {metric: own.get(metric.rpartition("/")[0], alike.get(metric, overall)) for metric in metrics}
+    shared = alike | against
+    return {metric: shared.get(metric, own.get(metric.rpartition("/")[0], overall)) for metric in metrics}
 
 
 def _interval(metric: str, value: float | None, drawn: list[np.ndarray]) -> tuple[float | None, float | None]:

@@ -198,7 +198,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         labels = read_labels(request.manifest, data, run.classes)
     log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
     if isinstance(labels, str):
-        log.info("predictions without metrics: %s", labels)
+        log.warning("predictions without metrics: %s", labels)
     elif labels is not None and labels.seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
     header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
@@ -234,7 +234,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             supervision, np.array([labels.targets[name] for name in outputs]), np.stack(list(outputs.values())),
             [labels.cases[name] for name in outputs], run.classes,
         )  # fmt: skip
-        _write(request.out, partial(_write_metrics, request.out, judged), world)
+        _write(request.out, partial(_write_metrics, request.out, judged, labels.seen), world)
     failures = world.gather_objects(failures)[0]
     if failures:
         reasons = "\n".join(f"  {file.slide_id}: {reason}" for file, reason in failures)
@@ -247,21 +247,20 @@ def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
     Raises:
         UserError: it cannot.
     """
-    trouble = None
-    if world.rank == 0:
+
+    def attempt() -> None:
         try:
             write()
         except OSError as error:
-            trouble = f"cannot write {path}: {error}"
-    trouble = world.gather_objects(trouble)[0]
-    if trouble is not None:
-        raise UserError(trouble)
+            raise UserError(f"cannot write {path}: {error}") from None
+
+    world.ask_main(attempt)
 
 
-def _write_metrics(out: Path, judged: Judged) -> None:
+def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
     """Metrics and figures beside the table."""
     path, folder = out.with_name(f"{out.stem}_metrics.json"), out.with_name(f"{out.stem}_figures")
-    found = write_metrics(path, judged, "external")
+    found = write_metrics(path, judged, "external", seen=seen)
     draw_figures(folder, judged)
     of = "" if found.positive_class is None else f" of {found.positive_class}"
     patients = len(set(judged.cases))

@@ -46,15 +46,17 @@ def judge(evaluation: Evaluation, manifest: Manifest) -> Judged:
     return Judged(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
 
 
-def write_metrics(path: Path, judged: Judged, split: Literal["val", "test", "external"]) -> Report:
+def write_metrics(path: Path, judged: Judged, split: Literal["val", "test", "external"], *, seen: int = 0) -> Report:
     """Write the metrics, with 95% intervals over patients, as JSON.
 
     Args:
         split: whose slides these are. Of the epochs that validation sees, the one that suits its slides best is kept,
             so that its metrics flatter; the file says so.
+        seen: of external slides, how many the manifest has in split train or val: these flatter, too.
     """
     found = report(*judged)
-    about = {"split": split, "epoch_chosen_on_this_split": split == "val"}
+    about: dict[str, object] = {"split": split}
+    about |= {"in_train_or_val": seen} if split == "external" else {"epoch_chosen_on_this_split": split == "val"}
     path.write_text(json.dumps(about | found.as_json(), indent=2) + "\n", encoding="utf-8")
     return found
 

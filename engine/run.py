@@ -62,6 +62,7 @@ def run(config: Config) -> Path:
     """
     check_launcher()
     place = choose_place(config)
+    reset_peak(place.device)  # an earlier run's, of the same process
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     place = meet(config, place)
     manifest = manifest or _demo_manifest(config, place.mesh)

@@ -122,7 +122,9 @@ def record_run(
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
     }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unfinished = folder / "config.json.tmp"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(folder / "config.json")
 
 
 def git_commit() -> str | None:

@@ -23,7 +23,8 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from slidescale.engine.config import Config
+from slidescale.engine.checkpoint import is_reported
+from slidescale.engine.config import Config, MemoryConfig
 from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation import SHOWN
@@ -32,7 +33,7 @@ from slidescale.engine.logger import configure_logging
 from slidescale.engine.main import exit_telling, has_manifest
 from slidescale.engine.markdown import table
 from slidescale.engine.metrics import HEADLINES
-from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.report import save_png
 from slidescale.engine.run import run
@@ -127,7 +128,7 @@ def main(
         argv: the command line; None takes the process's.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    configure_logging(main=True)
+    configure_logging(is_main_rank())
     try:
         base = default if has_manifest(argv) else demo
         study = tyro.cli(StudyConfig, default=base, args=argv, description=description)
@@ -145,7 +146,7 @@ def main(
             )  # fmt: skip
             if study.page is not None:
                 about = about_demo if study.config.data.manifest is None else ""
-                write_page(study.page, about, text, folder, argv)
+                write_page(study.page, about, text, folder, argv, world.size)
         stop_world()
     except UserError as error:
         exit_telling(error)
@@ -169,7 +170,7 @@ def arms_of(study: StudyConfig) -> list[Arm]:
         config,
         model=replace(model, frozen=True, drop_path=0.0, lora_rank=0),
         data=replace(config.data, k="all", augment_symmetry=False, stain_jitter=0.0),
-        memory=replace(config.memory, policy="auto", checkpoint_blocks=False),
+        memory=MemoryConfig(budget=config.memory.budget, chunk=config.memory.chunk),
         optim=replace(config.optim, layer_decay=1.0, encoder_lr_scale=1.0, encoder_frozen_epochs=0.0),
     )
     return [Arm("frozen", frozen, trained="frozen"), *arms]
@@ -231,8 +232,10 @@ def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     return table(header, rows)
 
 
-def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[str]) -> None:
+def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[str], ranks: int) -> None:
     """A page with the study's command, what it is about, its table and the picture that `folder` has."""
+    words = shlex.join(word for word in argv if not word.startswith("--local_rank"))  # which a launcher adds
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} cores"
     picture = folder / "k_study.png"
     page.parent.mkdir(parents=True, exist_ok=True)
     shown = page.with_name(picture.name)
@@ -244,8 +247,8 @@ def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[s
     parts = [
         "# More tiles a slide",
         "Written by this command, which trains on more and more of each slide, and beside that on a frozen encoder:",
-        f"    python recipes/k_study.py {shlex.join(argv)}",
-        f"On {len(os.sched_getaffinity(0))} cores; {made}. Medians over seeds and, in brackets, their range, "
+        f"    {'python ' * (ranks == 1)}recipes/k_study.py {words}",
+        f"{ranks} rank{'s' * (ranks > 1)} on {where}; {made}. Medians over seeds and, in brackets, their range, "
         "at the last epoch.",
         *([about] if about else []),
         f"![Training loss and validation against K]({shown.name})",
@@ -286,21 +289,24 @@ def _start_world(config: Config) -> RankGroup:
 
 
 def _look_for(config: Config) -> tuple[Path | None, bool]:
-    """The folder of a run that was begun, and whether it has come to its end.
+    """The folder of a run that was begun, and whether its last epoch has been validated and told of.
 
     Raises:
-        UserError: it was begun with other settings.
+        UserError: it was begun with other settings, or for another number of epochs, by which rates fall.
     """
     try:
         folder = find_run_folder(config.run.out, config.run.name)
     except UserError:
         return None, False
+    another = "to study these settings, give another --run.name"
     try:
         check_same_settings(folder, config)
     except UserError as error:
-        raise UserError(f"{error}\nTo study these settings, give another --run.name") from None
+        raise UserError(f"{error}\n{another}") from None
+    if (epochs := read_record(folder)["config"]["run"]["epochs"]) != config.run.epochs:
+        raise UserError(f"{folder} was begun with --run.epochs {epochs}, and that is {config.run.epochs}: {another}")
     rows = read_history(folder)
-    return folder, bool(rows) and rows[-1]["epoch"] == config.run.epochs
+    return folder, bool(rows) and rows[-1]["epoch"] == epochs and is_reported(folder / "checkpoints")
 
 
 def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:

@@ -283,6 +283,14 @@ def test_a_rare_class_costs_its_own_intervals(kind: SupervisionName, metric: str
     assert kind != "classes" or found["accuracy"].low is not None
 
 
+def test_a_class_that_few_are_not_of_has_no_interval_of_its_area() -> None:
+    _, outputs = classified(60, 3)
+    labels = np.r_[[0] * 56, 1, 1, 2, 2].astype(float)
+    found = report("classes", labels[:, None], outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
+    assert found["class/a/recall"].low is not None
+    assert found["class/a/auroc"].value is not None and found["class/a/auroc"].low is None
+
+
 def test_survival_of_few_events_has_no_interval() -> None:
     targets, risks = surviving(40)
     targets[:, 1] = 0

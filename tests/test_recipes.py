@@ -158,6 +158,7 @@ def test_the_study_runs_arm_after_arm_over_ranks_and_goes_on(launcher: str, out:
     assert [row["arm"] for row in rows] == ["frozen", "k-4", "k-all"]
     assert float(rows[1]["tiles"]) == 4 < float(rows[2]["tiles"])
     assert all(0 <= float(row["metric"]) <= 1 and float(row["train_loss"]) > 0 for row in rows)
+    assert output.count("study: k-4-seed-0") == 1, "the main rank speaks"
     assert "| end to end | 4" in output and "| end to end | 4" in page.read_text()
     assert page.with_name("k_study.png").stat().st_size > 10_000
     again = launched("k_study", launcher, out, *words)

@@ -46,7 +46,9 @@ class Runner:
         for epoch in range(len(read_history(folder)) + 1, config.run.epochs + 1):
             if self.stop_in == (config.run.name, epoch):
                 raise KeyboardInterrupt
-            (folder / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+            last = folder / "checkpoints" / "last"
+            last.mkdir(parents=True, exist_ok=True)
+            (last / "progress.json").write_text('{"progress": {"unreported": null}}')
             tiles = 100.0 if config.data.k == "all" else float(config.data.k)
             add_epoch(folder, epoch, {
                 "train_loss": 1 / tiles + config.run.seed / 100 + 1 / epoch, "val_loss": 0.5,
@@ -98,6 +100,19 @@ def test_a_run_whose_last_epoch_was_not_validated_is_gone_on_with(tmp_path: Path
     again = Runner()
     run_study(arms, [0], tmp_path, again)
     assert [config.resume for config in again.runs] == [True]
+    (folder / "checkpoints" / "last" / "progress.json").write_text('{"progress": {"unreported": {"losses": [0.7]}}}')
+    run_study(arms, [0], tmp_path, again)
+    assert [config.resume for config in again.runs] == [True, True], "cut off before all of it was written"
+    run_study(arms, [0], tmp_path, again)
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_runs_of_another_length_are_not_taken_for_these(epochs: int, tmp_path: Path) -> None:
+    """Learning rates fall by the length, so that a run of 3 epochs is not the first 3 of a run of 4."""
+    run_study(arms_of(study([4])), [0], tmp_path, Runner())
+    other = replace(BASE, run=replace(BASE.run, epochs=epochs))
+    with pytest.raises(UserError, match=f"begun with --run.epochs 3, and that is {epochs}: .* another --run.name"):
+        run_study(arms_of(study([4], config=other)), [0], tmp_path, Runner())
 
 
 def test_the_frozen_arm_has_the_trained_arms_encoder_or_the_one_that_is_named(tmp_path: Path) -> None:
@@ -129,7 +144,7 @@ def test_nonsense_is_refused() -> None:
             study(k)
 
 
-def test_arms_of_one_bag_size_are_drawn_apart(tmp_path: Path) -> None:
+def test_seeds_are_counted_by_arm() -> None:
     """K beyond all slides' tiles is the bag of "all"."""
     points = [Point(arm, False, 100.0, value) for arm in ("k-1024", "k-all") for value in (0.7, 0.8, 0.9)]
     titles: list[str] = []

@@ -132,10 +132,10 @@ def read_labels(path: Path, config: DataConfig, names: Sequence[str]) -> Labels 
         names: of what it predicts, as `Manifest.classes`.
 
     Returns:
-        The labels; or, where the manifest does not have them of every slide, what is missing.
+        The labels; or, where the manifest does not have one of the run's for every slide, what is wrong.
 
     Raises:
-        ManifestError: it cannot be read, or lists every label that is none of the run's.
+        ManifestError: it cannot be read.
     """
     records = _read_records(path, {})
     columns = config.label_columns or (config.label_column,)
@@ -152,7 +152,10 @@ def read_labels(path: Path, config: DataConfig, names: Sequence[str]) -> Labels 
         config = replace(config, classes=tuple(names))
     # What is asked of a train split is not asked of these.
     targets = read_targets([(number, row | {config.split_column: ""}) for number, row in records], config)
-    _refuse(path, targets.problems)
+    if targets.problems:
+        number, text = min(targets.problems)
+        more = len(targets.problems) - 1
+        return f"{path}, row {number}: {text}" + (f" (and {more} more)" if more else "")
     return Labels(
         {row[config.slide_column]: targets.values[number] for number, row in records},
         {row[config.slide_column]: row.get(config.case_column) or row[config.slide_column] for _, row in records},

@@ -5,6 +5,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -93,10 +94,14 @@ def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
     Args:
         tile_ranks: T, or "all"; it divides the number of ranks.
     """
+    return _arrange(device.type, dist.get_world_size() if tile_ranks == "all" else int(tile_ranks))
+
+
+@cache  # groups of ranks are the world's, and the runs that follow each other in it share them
+def _arrange(device_type: str, in_row: int) -> Mesh:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    in_row = ranks if tile_ranks == "all" else int(tile_ranks)
     assert ranks % in_row == 0, f"{in_row} ranks a slide of {ranks} ranks"
-    device_mesh = init_device_mesh(device.type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
+    device_mesh = init_device_mesh(device_type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
     row = None if in_row == ranks else device_mesh.get_group("tiles")
     return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh)
 
@@ -148,4 +153,5 @@ def _check_own_address() -> None:
 def stop_world() -> None:
     """Leave the other ranks in good order."""
     if dist.is_initialized():
+        _arrange.cache_clear()
         dist.destroy_process_group()
