@@ -217,7 +217,9 @@ def test_a_setting_that_was_not_there_has_its_default(tmp_path: Path) -> None:
             "this version refuses: --model.dropout is 3",
         ),
         (
-            lambda folder: change_json(folder / "config.json", lambda c: c["config"]["model"].update(pooling="mean")),
+            lambda folder: change_json(
+                folder / "config.json", lambda c: c["config"]["model"].update(pooling="mean", attention_dim=384)
+            ),
             "do not have the same parts: aggregator.pooling.u_bias",
         ),
         (
