@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Undo what a command does to the log, which `caplog` would not see any more."""
+    logger = logging.getLogger("slidescale")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")
