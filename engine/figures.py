@@ -67,7 +67,7 @@ def draw(
 
     Returns:
         uint8 RGB pictures `[H, W, 3]` by name: `roc`, `precision_recall`, `reliability` and `confusion` of classes;
-        `roc` and `precision_recall` of labels; `scatter`; `kaplan_meier` of the patients (see `metrics.by_patient`)
+        `roc` and `precision_recall` of labels; `scatter`; `kaplan_meier` of the patients (see `intervals.by_patient`)
         above and below the median risk. What is not defined (a curve of one class, survival without events, with all
         risks equal or where a patient's slides have different times, anything without slides) is left out.
 

@@ -10,12 +10,7 @@ from slidescale.engine.config import Config
 from slidescale.engine.ds_config import complete_ds_config, read_ds_config, uses_bf16
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
-from slidescale.engine.parallel.mesh import (
-    Mesh,
-    make_mesh,
-    pick_device,
-    start_world,
-)
+from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.select import StrategyName, select_strategy
 from slidescale.kernels.dispatch import KernelName, choose_kernels
 

@@ -31,7 +31,7 @@ OPACITY = 0.55
 
 
 class Judged(NamedTuple):
-    """Slides' predictions beside what is true of them, as `metrics.report` takes them."""
+    """Slides' predictions beside what is true of them, as `intervals.report` takes them."""
 
     supervision: SupervisionName
     targets: np.ndarray
