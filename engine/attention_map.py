@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
+from slidescale.engine.files import file_name, replacing, save_png, write_text
 from slidescale.engine.report import LARGEST_FOLD, attention_colours, attention_overlay
 
 # Longer side of each of the PNG's two pictures.
@@ -56,17 +57,14 @@ def write_attention(
     Raises:
         SlideError: the slide cannot be read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name.replace('/', '_')}_attention"
+    stem = f"{file_name(name)}_attention"
     picture = with_legend(attention_overlay(slide, tiling, weights, max_px=max_px), f"{name}, {model}")
     paths = [folder / f"{stem}{ending}" for ending in (".png", ".tif", ".geojson")]
-    unfinished = [path.with_name(path.name + ".unfinished") for path in paths]
-    Image.fromarray(picture).save(unfinished[0], format="PNG")
-    write_pyramid(unfinished[1], slide, tiling, weights)
+    save_png(picture, paths[0])
+    with replacing(paths[1]) as unfinished:
+        write_pyramid(unfinished, slide, tiling, weights)
     collection = attention_geojson(tiling, weights, source=f"{model} {name}", top=top)
-    unfinished[2].write_text(json.dumps(collection, separators=(",", ":")), encoding="utf-8")
-    for each, path in zip(unfinished, paths, strict=True):
-        each.replace(path)
+    write_text(paths[2], json.dumps(collection, separators=(",", ":")))
     return paths
 
 

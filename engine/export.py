@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.files import replacing, write_json
 from slidescale.engine.models.encoder import Encoder, timm_recipe
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.trained import TrainedRun, load_run
@@ -54,13 +54,11 @@ def export_encoder(request: ExportRequest) -> None:
     about = describe(run, request.out.name)
     # safetensors keeps text only.
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    unfinished = request.out.with_name(f"{request.out.name}.unfinished")
     sidecar = request.out.with_suffix(".json")
     try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
-        os.replace(unfinished, request.out)
-        sidecar.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with replacing(request.out) as unfinished:
+            save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
+        write_json(sidecar, about)
     except (OSError, SafetensorError) as error:  # the library's own, of a full disk, say
         raise UserError(f"cannot write {request.out}: {error}") from None
     log.info("%s in %s; how to load it: %s", run.config.model.encoder, request.out, sidecar)

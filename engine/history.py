@@ -4,7 +4,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from slidescale.engine.data.cohort import write_csv
+from slidescale.engine.files import write_csv
 
 NAME = "history.csv"
 

@@ -15,13 +15,13 @@ import torch
 import tyro
 
 from slidescale.engine.attention_map import write_attention
-from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation import run_model
+from slidescale.engine.files import write_csv
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -207,7 +207,6 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     failures: list[Failure] = []
 
     def write_table() -> None:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
     _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written

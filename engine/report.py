@@ -1,6 +1,5 @@
 """What an evaluation leaves behind: predictions, metrics and their figures, and pictures of where the model looked."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -10,16 +9,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image
 
 from slidescale.engine.config import DataConfig
-from slidescale.engine.data.cohort import Cohort, write_csv
+from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
 from slidescale.engine.figures import draw
+from slidescale.engine.files import save_png, write_csv, write_json
 from slidescale.engine.intervals import Report, report
 from slidescale.engine.objective import SupervisionName
 
@@ -57,7 +56,7 @@ def write_metrics(path: Path, judged: Judged, split: Literal["val", "test", "ext
     found = report(*judged)
     about: dict[str, object] = {"split": split}
     about |= {"in_train_or_val": seen} if split == "external" else {"epoch_chosen_on_this_split": split == "val"}
-    path.write_text(json.dumps(about | found.as_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(path, about | found.as_json())
     return found
 
 
@@ -178,9 +177,3 @@ def attention_colours(weights: np.ndarray) -> np.ndarray:
     """Float `[N, 3]`, 0 to 255: from blue (an eighth of the mean weight or less) over grey to red (8-fold or more)."""
     fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
     return colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255
-
-
-def save_png(picture: np.ndarray, path: Path) -> None:
-    """Write a uint8 `[H, W, 3]` picture, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)

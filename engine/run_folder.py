@@ -12,6 +12,7 @@ from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
 from slidescale.engine.errors import UserError
+from slidescale.engine.files import write_json
 from slidescale.engine.objective import Objective
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
@@ -122,9 +123,7 @@ def record_run(
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
     }
-    unfinished = folder / "config.json.tmp"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / "config.json")
+    write_json(folder / "config.json", record)
 
 
 def git_commit() -> str | None:

@@ -25,9 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.checkpoint import is_reported
 from slidescale.engine.config import Config, MemoryConfig
-from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation import SHOWN
+from slidescale.engine.files import replacing, save_png, write_csv, write_text
 from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
 from slidescale.engine.main import exit_telling, has_manifest
@@ -35,7 +35,6 @@ from slidescale.engine.markdown import table
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
-from slidescale.engine.report import save_png
 from slidescale.engine.run import run
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, read_record
 from slidescale.engine.study_picture import Point, draw_against_k
@@ -237,9 +236,9 @@ def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[s
     words = shlex.join(word for word in argv if not word.startswith("--local_rank"))  # which a launcher adds
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} cores"
     picture = folder / "k_study.png"
-    page.parent.mkdir(parents=True, exist_ok=True)
     shown = page.with_name(picture.name)
-    shown.write_bytes(picture.read_bytes())
+    with replacing(shown) as unfinished:
+        unfinished.write_bytes(picture.read_bytes())
     # Of the runs, which may be older than the code that puts them together.
     commits = {read_record(record.parent)["commit"] for record in folder.glob("*/config.json")} - {None}
     made = f"PyTorch {torch.__version__.split('+')[0]}"
@@ -254,7 +253,7 @@ def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[s
         f"![Training loss and validation against K]({shown.name})",
         text,
     ]
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(parts) + "\n")
 
 
 def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:

@@ -18,13 +18,14 @@ from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
+from slidescale.engine.files import save_png
 from slidescale.engine.history import EpochTotals, add_epoch
 from slidescale.engine.intervals import describe
 from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.objective import SupervisionName
-from slidescale.engine.report import draw_figures, draw_heatmaps, judge, save_png, write_metrics, write_predictions
+from slidescale.engine.report import draw_figures, draw_heatmaps, judge, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
 
 log = logging.getLogger(__name__)

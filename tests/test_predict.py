@@ -21,9 +21,9 @@ from slidescale.engine import main
 from slidescale.engine import predict as predict_module
 from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import ModelConfig
-from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.errors import ConfigError, ManifestError, UserError
+from slidescale.engine.files import write_csv
 from slidescale.engine.models.make import make_model
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh

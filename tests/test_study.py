@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slidescale.engine.config import Config, DataConfig, RunConfig
-from slidescale.engine.data.cohort import write_csv
 from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.files import write_csv
 from slidescale.engine.history import add_epoch, read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.run_folder import open_run_folder, record_run

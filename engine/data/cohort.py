@@ -1,15 +1,13 @@
 """The cohort in use: the manifest's slides with their tilings, less those that proved unusable."""
 
-import csv
 import logging
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from slidescale.engine.data.manifest import Manifest, ManifestRow, Split
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, UserError
+from slidescale.engine.files import write_csv
 from slidescale.engine.parallel.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
@@ -95,21 +93,6 @@ class Cohort:
 
     def _reasons(self) -> str:
         return "\n".join(f"  {slide_id}: {reason}" for slide_id, reason in self.excluded.items())
-
-
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a table whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(rows)
-        unfinished.replace(path)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _try_tiling(row: ManifestRow, spec: TileSpec, cache: Path) -> Tiling | str:

@@ -6,7 +6,6 @@ A slide's file is a safetensors file with `features` fp32 `[N, D]` of all its ti
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.tiling import TileSpec, Tiling, cache_key
 from slidescale.engine.errors import SlideError
+from slidescale.engine.files import replacing
 
 # Part of a folder's name, to be raised when what is in a file changes.
 FORMAT = 1
@@ -75,14 +75,8 @@ class FeatureStore:
 
     def save(self, slide: Path, tiling: Tiling, features: Tensor) -> None:
         """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all."""
-        file = self.file(slide)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with replacing(self.file(slide)) as unfinished:
             save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 class FeatureReader(TileReader):

@@ -13,9 +13,7 @@ law. The background lives on a grid of GRID px and is resampled, because only nu
 import csv
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +22,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 from scipy import ndimage
+
+from slidescale.engine.files import replacing, write_json
 
 FORMAT_VERSION = 1
 """Part of cohort.json: raise it when the pictures change, so that an old cohort is drawn again."""
@@ -142,8 +142,7 @@ def write_demo_cohort(
         for _ in pool.map(lambda plan: _write_slide(folder / plan.path, plan), plans):
             pass
     _write_manifest(manifest, plans)
-    with _replacing(stamp) as temporary:
-        temporary.write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
+    write_json(stamp, parameters)
     return manifest
 
 
@@ -152,14 +151,6 @@ def _is_complete(stamp: Path, parameters: dict, files: list[Path]) -> bool:
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != parameters:
         return False
     return all(file.exists() for file in files)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` and rename it to `path` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    os.replace(temporary, path)
 
 
 def _plan_cohort(slides: int, seed: int, classes: tuple[str, str], foci: FocusSize) -> list[SlidePlan]:
@@ -191,7 +182,7 @@ def _plan_cohort(slides: int, seed: int, classes: tuple[str, str], foci: FocusSi
 def _write_manifest(path: Path, plans: list[SlidePlan]) -> None:
     """Write one row a slide in the order of the slide ids."""
     columns = ["slide_id", "case_id", "path", "label", "split"]
-    with _replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([getattr(plan, column) for column in columns] for plan in plans)
@@ -211,7 +202,7 @@ def _write_slide(path: Path, plan: SlidePlan) -> None:
         "metadata": None,
     }
     tiles = {**jpeg, "tile": (256, 256), "maxworkers": 1}
-    with _replacing(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
+    with replacing(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
         tiff.write(image, description=description, software=False, **tiles)
         # OpenSlide knows Aperio's thumbnail by its place, second, and by its strips.
         tiff.write(_shrink(image, 4), description=description, software=False, rowsperstrip=16, **jpeg)

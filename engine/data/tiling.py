@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import threading
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from skimage.filters import threshold_otsu
 
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.errors import SlideError
+from slidescale.engine.files import file_name, replacing
 
 # Tissue is judged on an image with this many pixels along a tile's side: enough to measure a share of its area.
 MASK_PX_A_TILE = 8
@@ -89,11 +88,8 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
         kept.unlink()  # cut short by a full disk, say: it is made again
     with Slide(path, default_mpp_um=spec.default_mpp_um) as slide:
         tiling = tile_slide(slide, spec)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, coords=tiling.coords, side_px=tiling.side_px)
-    unfinished.replace(kept)
+    with replacing(kept) as unfinished:
+        np.savez(unfinished, coords=tiling.coords, side_px=tiling.side_px)
     return tiling
 
 
@@ -121,4 +117,4 @@ def cache_key(path: Path, spec: TileSpec) -> str:
         raise SlideError(f"cannot open {path}: {error.strerror}") from None
     key = [str(path.resolve()), status.st_size, status.st_mtime_ns, asdict(spec)]
     key += [MASK_PX_A_TILE, LOWEST_THRESHOLD, HIGHEST_THRESHOLD]
-    return f"{path.stem}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}"
+    return f"{file_name(path.stem)}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}"
