@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t as student
 
 from slidescale.engine.metrics import HEADLINES, checked, measure, measure_weighted
 from slidescale.engine.objective import SupervisionName
@@ -19,6 +21,14 @@ LEAST_PATIENTS = 5
 
 # Metrics that count something: of the cohort at hand, so they have no interval.
 _COUNTS = ("support", "slides", "pairs")
+
+# The ends of what a metric can be, where they are not 0 and 1; None: it has none, or one only. The Brier score of more
+# than two classes is a sum, up to 2.
+_ENDS: dict[str, tuple[float, float] | None] = {"r2": None, "mae": None, "rmse": None, "pearson": (-1, 1)}
+_ENDS_OF_SUMS = {"brier": (0, 2)}
+
+# Metrics that count slides; others compare them in pairs, or are sums, and go in finer steps.
+_COUNTING = ("accuracy", "balanced_accuracy", "recall", "specificity", "precision", "f1")
 
 # Elements of a matrix of weights that is made at once.
 _BLOCK = 2**22
@@ -84,11 +94,20 @@ def report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Report:
-    """Metrics of a cohort as in `measure`, with 95% intervals: percentiles of a bootstrap over patients.
+    """Metrics of a cohort as in `measure`, with 95% intervals from a bootstrap over patients.
 
     A resample draws as many patients as there are, with replacement, and with each all of the patient's slides (the
     cluster bootstrap, Davison & Hinkley 1997, section 3.8): slides of one patient resemble each other, and drawing them
     one by one would promise more than the cohort can tell.
+
+    The interval of a metric m between 0 and 1 is logit(m) ± t · s, transformed back, with s the standard deviation of
+    the resamples' logits and t the 97.5% quantile of Student's distribution with n − 1 degrees of freedom, for n
+    patients. On the logit scale an area under the curve is nearly normal, and its interval stays between 0 and 1 (Pepe
+    2003, "The Statistical Evaluation of Medical Tests", section 5.2). The percentiles of the resamples, which are
+    taken for metrics without two ends (r2, mae, rmse), are too narrow for small cohorts: docs/intervals.md compares
+    how often each covers the truth. Pearson's correlation lies between −1 and 1, where the same is Fisher's z. A
+    resample at an end itself, whose logit is infinite, counts as a quarter of a step away from it: 1 / 4n for a metric
+    that counts, 1 / n² for one that compares the n / 2 patients of each class in pairs.
 
     Args:
         cases: the patient of each slide.
@@ -98,8 +117,7 @@ def report(
     Returns:
         A metric has no interval when a class that it needs has fewer than five patients (a label: with it, or without
         it; survival: patients with an event; what is of all slides alike: patients at all), when fewer than 90% of the
-        resamples define it, or when it is the same in all of them, as that of a perfect order is. The interval of ece
-        lies high, since slides that are drawn twice make its bins noisier: it bounds from above.
+        resamples define it, or when it is the same in all of them, as that of a perfect order is.
 
     Raises:
         ValueError: as in `measure`; or cases are not as many as slides.
@@ -120,8 +138,10 @@ def report(
             for metric, row in measure_weighted(kind, targets, outputs, names, weights).items():
                 drawn[metric].append(row)
     fewest = _fewest_patients(kind, targets, names, patient, values)
+    counts = [metric for metric in values if metric.rpartition("/")[2] in _COUNTS]
+    resampled = drawn | {metric: [] for metric in values if metric in counts or fewest[metric] < LEAST_PATIENTS}
     estimates = {
-        metric: Estimate(value, *_interval(metric, value, drawn[metric] if fewest[metric] >= LEAST_PATIENTS else []))
+        metric: Estimate(value, *_interval(metric, value, resampled[metric], _ends(metric, kind, names), len(patients)))
         for metric, value in values.items()
     }
     together: Report | str | None = None
@@ -231,8 +251,22 @@ def _fewest_patients(
     return {metric: shared.get(metric, own.get(metric.rpartition("/")[0], overall)) for metric in metrics}
 
 
-def _interval(metric: str, value: float | None, drawn: list[np.ndarray]) -> tuple[float | None, float | None]:
-    if value is None or not drawn or metric.rpartition("/")[2] in _COUNTS:
+def _ends(metric: str, kind: SupervisionName, names: Sequence[str]) -> tuple[float, float] | None:
+    """The least and the largest value that a metric can have."""
+    own = metric.rpartition("/")[2]
+    sums = _ENDS_OF_SUMS if kind == "classes" and len(names) > 2 else {}
+    return (_ENDS | sums).get(own, (0, 1))
+
+
+def _interval(
+    metric: str, value: float | None, drawn: list[np.ndarray], ends: tuple[float, float] | None, patients: int
+) -> tuple[float | None, float | None]:
+    """See `report`.
+
+    Args:
+        drawn: the metric of all resamples, in blocks; NaN where it is undefined.
+    """
+    if value is None or not drawn:
         return None, None
     values = np.concatenate(drawn)
     defined = values[~np.isnan(values)]
@@ -240,7 +274,18 @@ def _interval(metric: str, value: float | None, drawn: list[np.ndarray]) -> tupl
         return None, None
     if np.ptp(defined) <= 1e-12 * np.abs(defined).max():  # sums in another order may round differently
         return None, None
-    low, high = np.percentile(defined, (2.5, 97.5))
+    if ends is None:
+        low, high = np.percentile(defined, (2.5, 97.5))
+        return float(low), float(high)
+    least, size = ends[0], ends[1] - ends[0]
+
+    margin = 0.25 / patients if metric.rpartition("/")[2] in _COUNTING else 1 / patients**2
+
+    def transformed(number: np.ndarray | float) -> np.ndarray:
+        return logit(np.clip((np.asarray(number) - least) / size, margin, 1 - margin))
+
+    half = student.ppf(0.975, patients - 1) * transformed(defined).std(ddof=1)
+    low, high = least + size * expit(transformed(value) + np.array([-half, half]))
     return float(low), float(high)
 
 

@@ -1,11 +1,15 @@
 """Metrics against scikit-learn and brute force, and intervals that take a patient's slides together."""
 
 import json
+import math
+import statistics
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
@@ -195,6 +199,27 @@ def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, 
 KINDS: list[SupervisionName] = ["classes", "multi_label", "regression", "survival"]
 
 
+def interval_by_hand(
+    metric: str, value: float, resamples: list[float], patients: int, brier: tuple[int, int]
+) -> tuple[float, float]:
+    """Logit intervals where a metric has two ends, percentiles elsewhere."""
+    if metric in ("r2", "mae", "rmse"):
+        return tuple(np.percentile(resamples, (2.5, 97.5)))
+    least, most = {"pearson": (-1, 1), "brier": brier}.get(metric, (0, 1))
+
+    margin = patients**-2
+    if metric.rpartition("/")[2] in ("accuracy", "balanced_accuracy", "recall", "specificity", "precision", "f1"):
+        margin = 0.25 / patients
+
+    def forward(number: float) -> float:
+        share = min(max((number - least) / (most - least), margin), 1 - margin)
+        return math.log(share / (1 - share))
+
+    half = stats.t.ppf(0.975, patients - 1) * statistics.stdev(map(forward, resamples))
+    ends = [1 / (1 + math.exp(-(forward(value) + sign * half))) for sign in (-1, 1)]
+    return tuple(least + (most - least) * end for end in ends)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_intervals_are_those_of_resampled_cohorts(kind: SupervisionName) -> None:
     """Weights stand for slides drawn so often: the metrics of cohorts that are really put together are the same."""
@@ -216,9 +241,23 @@ def test_intervals_are_those_of_resampled_cohorts(kind: SupervisionName) -> None
         if metric.rpartition("/")[2] in ("support", "slides", "pairs") or len(values) < 54 or np.ptp(values) < 1e-12:
             assert estimate.low is None and estimate.high is None
         else:
-            assert (estimate.low, estimate.high) == CLOSE(tuple(np.percentile(values, (2.5, 97.5)))), metric
+            brier = (0, 2) if kind == "classes" else (0, 1)  # a sum over three classes
+            by_hand = interval_by_hand(metric, estimate.value, values, len(patients), brier)
+            assert (estimate.low, estimate.high) == CLOSE(by_hand), metric
             wide += estimate.low < estimate.high
     assert wide, "all resamples are alike"
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 cohorts 95% should, with a standard error of 1.5%; two of these are allowed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import interval_coverage
+
+    setting = interval_coverage.Setting(patients=40, positive=0.5, auroc=0.96)
+    found = interval_coverage.coverage(setting, 200, 200, ["report", "percentiles"])
+    auroc = interval_coverage.METRICS.index("auroc")
+    assert 0.92 <= found["report"][auroc, 0] <= 0.995
+    assert found["percentiles"][auroc, 0] < 0.92, "percentiles would do"
 
 
 @pytest.mark.parametrize("kind", KINDS)
