@@ -87,6 +87,9 @@ class ZeroStrategy(Strategy):
         if self._stage > 0:
             for name in GROUP_NORMS:
                 setattr(engine.optimizer, name, _noting(getattr(engine.optimizer, name), self._group_norms))
+        if self._stage == 3:
+            for half in (model.encoder, model.aggregator):
+                _gather_on_access(half)
 
     @contextmanager
     def accumulate(self, backwards: int) -> Iterator[None]:
@@ -175,6 +178,23 @@ def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
     halves = {"aggregator" if id(parameter) in aggregators else "encoder" for parameter in parameters}
     assert len(halves) == 1, "a group has parameters of one half of the model"
     return halves.pop()
+
+
+def _gather_on_access(half: nn.Module) -> None:
+    """Let ZeRO-3 gather, during a forward of `half`, parameters that are read without calling the module that has them.
+
+    Its hooks gather a module's own parameters when the module is called. BEiT, EVA-02, SwinV2, MaxViT and others read
+    `self.qkv.weight` and never call `self.qkv`. DeepSpeed gathers such a parameter when it is read, and from then on
+    with the module that read it, which also gives it back; but only while its containers of parameters are marked,
+    which its engine's forward does. A step calls the two halves of the model instead, so each marks its own.
+    """
+
+    def mark(on: bool) -> None:
+        for module in half.modules():
+            module._parameters._in_forward = on  # type: ignore[attr-defined]  # DeepSpeed's ZeROOrderedDict
+
+    half.register_forward_pre_hook(lambda *_: mark(True))
+    half.register_forward_hook(lambda *_: mark(False), always_call=True)
 
 
 def _noting(function: Callable[..., Tensor], notes: list[Tensor]) -> Callable[..., Tensor]:
