@@ -319,6 +319,9 @@ def make_strategy(
         return kind(model, made, scheduler(made) if scheduler else None, device=device(), clip=0.0)
     zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
     zero["sub_group_size"] = SUB_GROUP_NUMEL
+    if "buckets" in options:  # as Hugging Face's formulae have them for a width of 16
+        zero |= {"reduce_bucket_size": 256, "stage3_prefetch_bucket_size": 230}
+        zero["stage3_param_persistence_threshold"] = 160
     if "offload" in options:
         zero["offload_optimizer"] = {"device": "cpu"}
         if name == "zero3":

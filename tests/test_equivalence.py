@@ -83,6 +83,11 @@ def test_all_combinations_equal_plain_autograd(world: GetWorld, strategy: str, r
         check(world(ranks), [make_case(strategy, aggregator, policy, optimizer) for policy in POLICIES])
 
 
+def test_zero_with_small_buckets(world: GetWorld) -> None:
+    """Most parameters are larger than a bucket, and the small ones stay whole."""
+    check(world(2), [Case(strategy=f"zero{stage}+buckets", policy="auto-1") for stage in (1, 2, 3)])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_other_aggregators(world: GetWorld, ranks: int) -> None:
     """Against a reducer written by hand."""
