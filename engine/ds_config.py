@@ -87,7 +87,7 @@ def complete_ds_config(
     """Fill in what ds.json leaves to the recipe, and refuse what the two say differently or DeepSpeed does not take.
 
     Called twice: as a run starts, before anything costs time, and once slides and model are known. What is "auto" and
-    has no value in the recipe becomes Hugging Face's choice (`ZeRO` sizes by `width`) or DeepSpeed's default.
+    has no value in the recipe becomes what Hugging Face's trainer takes (sizes by `width`) or DeepSpeed's default.
 
     Args:
         content: ds.json as parsed.
@@ -132,7 +132,7 @@ def complete_ds_config(
     if not problems and (refused := refusal(ds)):
         problems.append(f"DeepSpeed refuses it: {refused}")
     if problems:
-        raise ConfigError("ds.json: " + ("\n  " * (len(problems) > 1)) + "\n  ".join(problems))
+        raise ConfigError(f"ds.json: {problems[0]}" if len(problems) == 1 else "\n  ".join(["ds.json:", *problems]))
     return ds
 
 
@@ -156,7 +156,7 @@ def _settle_zero(ds: dict[str, Any], width: int | None, problems: list[str]) -> 
     zero |= {key: value for key, value in sizes.items() if zero.get(key) == "auto"}
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if zero.pop(old, None) is True:
-            problems.append(f'zero_optimization.{old} is of old: write "{new}": {{"device": "cpu"}}')
+            problems.append(f'zero_optimization.{old} is no longer known: write "{new}": {{"device": "cpu"}}')
     for name in ("offload_optimizer", "offload_param"):
         section = zero.get(name)
         if isinstance(section, dict) and section.get("device") == "nvme" and not section.get("nvme_path"):
@@ -169,7 +169,9 @@ def _settle_zero(ds: dict[str, Any], width: int | None, problems: list[str]) -> 
         problems.append("zero_optimization.compute_grad_norm must stay on: a step whose norm is not finite is refused")
     for key in (*(key for key in zero if key.startswith("zero_quantized_")), "zenflow"):
         if zero.get(key) not in (None, False, "auto"):
-            problems.append(f"zero_optimization.{key} must be left out: gradients are exact here, and it rounds them")
+            problems.append(
+                f"zero_optimization.{key} must be left out: gradients are exact here, and with it they are not"
+            )
     if zero.get("zero_hpz_partition_size", 1) not in (1, "auto") and not torch.cuda.is_available():
         problems.append("zero_optimization.zero_hpz_partition_size needs GPUs: leave it out")
 
@@ -214,9 +216,16 @@ def _settle_optimizer(ds: dict[str, Any], config: Config, settle: Callable[..., 
         problems.append(
             f"optimizer.type {kind!r} does not run here; use {', '.join((*DEEPSPEEDS.values(), *ELEMENTWISE))}"
         )
-    params = optimizer.setdefault("params", {})
+    params = _params_of(optimizer)
     settle(params, "lr", config.optim.lr, "optimizer.params.", "--optim.lr")
     settle(params, "weight_decay", config.optim.weight_decay, "optimizer.params.", "--optim.weight-decay")
+
+
+def _params_of(section: dict[str, Any]) -> dict[str, Any]:
+    """The params of an optimizer or a scheduler; none are there where they are null or "auto"."""
+    if not isinstance(section.get("params"), dict):
+        section["params"] = {}
+    return section["params"]
 
 
 def offload_device(zero: dict[str, Any], name: str) -> str | None:
@@ -258,7 +267,7 @@ def _settle_scheduler(
         "warmup_num_steps": (max(1, schedule.warmup_steps) if schedule else None, "--optim.warmup-epochs, in steps,"),
         "total_num_steps": (schedule.total_steps if schedule else None, "--run.epochs, in steps,"),
     }
-    params = scheduler.setdefault("params", {})
+    params = _params_of(scheduler)
     for key in SCHEDULER_KEYS[name]:
         value, ours = values[key]
         if value is not None:

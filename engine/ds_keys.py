@@ -87,7 +87,8 @@ def check_keys(ds: dict[str, Any]) -> list[str]:
     """Every key that DeepSpeed does not know, or that has no effect here.
 
     Args:
-        ds: ds.json as parsed; left without what is null, and without the sections of `NOT_HERE`.
+        ds: ds.json as parsed; left without what is null, without the sections of `NOT_HERE`, and without what is no
+            object and should be.
 
     Returns:
         One line per problem, with near matches or with the setting that has the effect.
@@ -127,6 +128,7 @@ def _check_section(name: str, section: dict[str, Any], known: dict[str, Any]) ->
             if isinstance(value, dict):
                 problems += _check_section(f"{name}.{key}", value, known[key])
             else:
+                section[key] = {}
                 problems.append(f"{name}.{key} is {value!r}, and must be an object, {{…}}")
     return problems
 

@@ -109,7 +109,7 @@ def test_files_for_hugging_faces_trainer_work_as_they_are(stage: int) -> None:
     ],
 )
 def test_unknown_keys_are_refused_at_every_depth(content: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match="^ds.json: ") as caught:
+    with pytest.raises(ConfigError, match="^ds.json:") as caught:
         complete(content)
     assert message in str(caught.value)
 
@@ -170,6 +170,12 @@ def test_sections_without_effect_are_refused_with_what_has_it(key: str) -> None:
         ({"optimizer": {"type": "Lamb"}} | zero(), "Lamb needs a GPU, and whole parameters, which ZeRO splits"),
         ({"bf16": {"enabled": True}}, "bf16.enabled: weights stay fp32 here"),
         ({"bfloat16": {"enabled": True}}, "bfloat16.enabled: weights stay fp32 here"),
+        ({"steps_per_print": "often"}, "steps_per_print is 'often': must be a whole number"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3, and must be an object"),
+        (
+            zero(3, gather_16bit_weights_on_model_save=True, stage3_gather_fp16_weights_on_model_save=True),
+            "Cannot provide deprecated parameter 'stage3_gather_fp16_weights_on_model_save' and replacing",
+        ),
         ({"log_level": "loud"}, "log_level is 'loud': must be one of debug, info"),
         (
             zero(offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": True},
@@ -186,6 +192,12 @@ def test_what_deepspeed_refuses_is_one_line_before_a_run_starts(content: dict[st
     assert str(caught.value).startswith("ds.json: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value), "each is found once"
+
+
+def test_params_may_be_left_open() -> None:
+    for params in (None, "auto", {}):
+        ds = complete({"optimizer": {"type": "AdamW", "params": params}, "scheduler": {"type": "WarmupLR"}})
+        assert ds["optimizer"]["params"] == {"lr": 3e-4, "weight_decay": CONFIG.optim.weight_decay}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it runs")

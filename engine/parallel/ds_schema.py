@@ -52,9 +52,14 @@ def wrong_values(ds: dict[str, Any]) -> list[str]:
         except ValidationError as error:
             # Keys that are not known are `check_keys`'s to report.
             problems += [_line(name, each) for each in error.errors() if each["type"] != "extra_forbidden"]
+        except AssertionError as error:  # an old name beside the new one
+            problems.append(f"{name}: {error}")
     levels = list(deepspeed.utils.logging.log_levels)
     if str(ds.get("log_level", levels[0])).lower() not in levels:
         problems.append(f"log_level is {ds['log_level']!r}: must be one of {', '.join(levels)}")
+    steps = ds.get("steps_per_print", 1)
+    if not isinstance(steps, int) or steps < 1:
+        problems.append(f"steps_per_print is {steps!r}: must be a whole number from 1 on")
     return problems
 
 
