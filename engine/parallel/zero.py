@@ -4,7 +4,6 @@ What its engine does under many backwards a step was measured, not assumed, and 
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
-import atexit
 import contextlib
 import io
 import logging
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from slidescale.engine.parallel.strategy import GradientNorms, Strategy, check_g
 # DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
+import deepspeed.comm.torch
 
 # What every rank would say alike, the main one says; and DeepSpeed calls functions that PyTorch has renamed.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING if is_main_rank() else logging.ERROR)
@@ -64,7 +65,11 @@ class ZeroStrategy(Strategy):
         ds_config: dict[str, Any],
     ) -> None:
         self._halves = [_half(model, group["params"]) for group in parameter_groups]  # the engine replaces "params"
-        with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()), _helpful_errors():
+        with (
+            contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()),
+            _helpful_errors(),
+            _without_shared_memory(),
+        ):
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
                 model_parameters=parameter_groups,
@@ -76,7 +81,6 @@ class ZeroStrategy(Strategy):
                 config=ds_config | {"torch_autocast": {"enabled": False}, "gradient_accumulation_steps": 1},
                 dist_init_required=False,
             )
-        atexit.register(_remove_shared_buffer)
         self.model = model
         self.device = torch.device(engine.device)
         self._engine = engine
@@ -187,14 +191,20 @@ def _noting(function: Callable[..., Tensor], notes: list[Tensor]) -> Callable[..
     return call
 
 
-def _remove_shared_buffer() -> None:
-    """Free this rank's buffer in shared memory, 66 MiB that DeepSpeed's CPU collectives leave behind for ever."""
-    where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
-
-
 def _reduce_nothing(optimizer: object) -> None:
     """Stands in for a reduction that must not take place."""
+
+
+@contextmanager
+def _without_shared_memory() -> Iterator[None]:
+    """Make a DeepSpeed backend that does not share memory between a machine's ranks.
+
+    It would for one collective, of tensor-parallel inference, which training never calls. For that it compiles an
+    operator for a minute, leaves 66 MiB a rank in /dev/shm when a rank is killed, and waits for ever, deaf to signals,
+    for the memory of a rank that has died or is on another machine.
+    """
+    with mock.patch.object(deepspeed.comm.torch, "build_shm_op", return_value=None):
+        yield
 
 
 @contextmanager
