@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -195,28 +196,29 @@ def test_other_ranks_are_silent(
     assert exits == [130] and capsys.readouterr().err == ""
 
 
-def stop(*_: object, **__: object) -> None:
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize(
-    ("where", "method", "resume", "expected"),
+    ("where", "method", "call", "expected"),
     [
-        (Cohort, "tile", False, f"stopped before the first epoch; {AGAIN}"),
-        (Checkpoints, "save", False, f"stopped in epoch 1; {AGAIN}"),
-        (Trainer, "evaluate", False, f"stopped in epoch 1; {RESUME}"),
-        (Trainer, "_train_epoch", True, f"stopped in epoch 2; {RESUME}"),
+        (Cohort, "tile", 1, f"stopped before the first epoch; {AGAIN}"),
+        (Checkpoints, "save", 1, f"stopped in epoch 1; {AGAIN}"),
+        (Trainer, "_train_epoch", 2, f"stopped in epoch 2; {RESUME}"),
     ],
 )
 def test_training_says_how_to_go_on(
-    where: type, method: str, resume: bool, expected: str, exits: list[int], demo_manifest: Path, tmp_path: Path,
+    where: type, method: str, call: int, expected: str, exits: list[int], demo_manifest: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    if resume:
-        main.run(make_config(demo_manifest, tmp_path, epochs=1))
+    original, calls = getattr(where, method), []
+
+    def stop(*args: Any, **settings: Any) -> Any:
+        calls.append(method)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **settings)
+
     monkeypatch.setattr(where, method, stop)
     with pytest.raises(Exited), main.command():
-        main.run(make_config(demo_manifest, tmp_path, epochs=2, resume=resume))
+        main.run(make_config(demo_manifest, tmp_path, epochs=2))
     assert exits == [130]
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
