@@ -5,6 +5,7 @@ stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding bac
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -30,7 +31,6 @@ from slidescale.engine.parallel.strategy import GradientNorms, Strategy, check_g
 # DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
-import deepspeed.comm.torch
 
 # What every rank would say alike, the main one says; and DeepSpeed calls functions that PyTorch has renamed.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING if is_main_rank() else logging.ERROR)
@@ -203,7 +203,8 @@ def _without_shared_memory() -> Iterator[None]:
     operator for a minute, leaves 66 MiB a rank in /dev/shm when a rank is killed, and waits for ever, deaf to signals,
     for the memory of a rank that has died or is on another machine.
     """
-    with mock.patch.object(deepspeed.comm.torch, "build_shm_op", return_value=None):
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package, this is PyTorch
+    with mock.patch.object(backend, "build_shm_op", return_value=None):
         yield
 
 
