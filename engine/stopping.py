@@ -125,9 +125,10 @@ def _watch(inlet: int, launchers: tuple[int, ...]) -> None:
         if deadline is not None:
             wait = max(0.0, deadline - time.monotonic())
         ready, _, _ = select.select([inlet], [], [], wait)
-        numbers = os.read(inlet, 64) if ready else b""
-        if 0 in numbers:
+        noted = os.read(inlet, 64) if ready else b""
+        if 0 in noted:
             return
+        numbers = bytes(number for number in noted if number in SIGNALS)  # a library may have handlers of others
         if deadline is None and not numbers and launcher.is_lost(launchers):
             _state.cause = "the launcher has ended: "
             _thread.interrupt_main(signal.SIGTERM)  # as if it had come; here it may be ignored

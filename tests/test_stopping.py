@@ -187,6 +187,19 @@ def test_ignored_signals_stay_ignored(exits: list[int]) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_signals_of_libraries_are_not_taken_for_the_end(exits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_S", 0.0)
+    handled = threading.Event()
+    before = signal.signal(signal.SIGCHLD, lambda *_: handled.set())
+    try:
+        with listening():
+            signal.raise_signal(signal.SIGCHLD)
+            time.sleep(0.1)  # for the watch to do what it must not; none of it is waited for
+        assert handled.is_set() and not exits
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_other_ranks_are_silent(
     exits: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
