@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from slidescale.engine import stopping
 from slidescale.engine.attention_map import write_attention
 from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
@@ -22,6 +23,7 @@ from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation import run_model
 from slidescale.engine.files import write_csv
+from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -133,7 +135,9 @@ class Predictor:
         reader = TileReader(self.spec, threads=self._readers, pin=self._device.type == "cuda")
         try:
             rows = [file for file in files if file.slide_id in tilings]
-            for output in run_model(self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device):
+            for output in run_model(
+                self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device, "predicting"
+            ):
                 faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
                 answer = self.run.objective.predict(output.logits).cpu().numpy()
                 if faults:
@@ -152,8 +156,10 @@ class Predictor:
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
         """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
         world = self.mesh.world
+        meter = Meter("finding tissue", len(files), "slide", main=world.rank == 0)
         with ThreadPoolExecutor(self._readers) as pool:
-            mine = list(pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size]))
+            found = pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size])
+            mine = list(meter.count(found, world.size))
         parts = world.gather_objects(mine)
         return [parts[index % world.size][index // world.size] for index in range(len(files))]
 
@@ -210,7 +216,9 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
     _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
-    for answer in predictor.predict(files):
+    stopping.note(f"before the first of {len(files)} slides", "give the same command again")
+    for number, answer in enumerate(predictor.predict(files), start=1):
+        stopping.note(f"after {number} of {len(files)} slides", f"{request.out} has those that were predicted")
         if isinstance(answer, Failure):
             failures.append(answer)
             log.warning("%s: %s", answer.file.slide_id, answer.reason)

@@ -27,6 +27,7 @@ from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.run_plan import make_offload, plan_encoding, plan_run
 from slidescale.engine.memory.usage import GIB, reset_peak
+from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.models.make import describe_encoder, make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective, fit_objective, make_objective
@@ -44,6 +45,7 @@ from slidescale.engine.run_folder import (
 )
 from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
+from slidescale.engine.stopping import AGAIN, RESUME, note
 from slidescale.engine.trainer import Trainer, best_names
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def run(config: Config) -> Path:
     Raises:
         UserError: something about the input or the settings; no work is lost.
     """
+    note("before the first epoch", RESUME if config.resume else AGAIN)
     check_launcher()
     place = choose_place(config)
     reset_peak(place.device)  # an earlier run's, of the same process
@@ -326,8 +329,9 @@ def _train(
         step=progress.step,
     )  # fmt: skip
     run_log.hyperparameters(
-        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision)
-    )
+        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision),
+        HEADLINES[config.data.supervision],
+    )  # fmt: skip
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
         run_log.finished()

@@ -184,7 +184,7 @@ NVIDIA = {
         "Metadata-Version: 2.4\nName: apex\nVersion: 0.1\nSummary: PyTorch Extensions written by NVIDIA\n"
     ),
 }
-# What `pip install apex` gives: https://pypi.org/project/apex/.
+# What `pip install apex` gives, another project of that name.
 PYPI = {
     "apex/__init__.py": "from pyramid_mailer.interfaces import IMailer\nfrom apex.i18n import MessageFactory\n",
     "apex/lib/__init__.py": "",

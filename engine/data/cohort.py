@@ -8,6 +8,7 @@ from slidescale.engine.data.manifest import Manifest, ManifestRow, Split
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, UserError
 from slidescale.engine.files import write_csv
+from slidescale.engine.logger import Meter
 from slidescale.engine.parallel.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ class Cohort:
         """
         log.info("finding the tissue of %d slides (kept in %s)", len(self.manifest.rows), cache)
         mine = self.manifest.rows[self._world.rank :: self._world.size]
+        meter = Meter("finding tissue", len(self.manifest.rows), "slide", main=self._world.rank == 0)
         with ThreadPoolExecutor(threads) as pool:
-            found = dict(pool.map(lambda row: (row.slide_id, _try_tiling(row, spec, cache)), mine))
+            tried = pool.map(lambda row: (row.slide_id, _try_tiling(row, spec, cache)), mine)
+            found = dict(meter.count(tried, self._world.size))
         results = {slide_id: result for part in self._world.gather_objects(found) for slide_id, result in part.items()}
         for row in self.manifest.rows:
             match results[row.slide_id]:

@@ -4,8 +4,8 @@ What its engine does under many backwards a step was measured, not assumed, and 
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
-import atexit
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -69,8 +69,12 @@ class ZeroStrategy(Strategy):
         ds_config: dict[str, Any],
     ) -> None:
         self._halves = [_half(model, group["params"]) for group in parameter_groups]  # the engine replaces "params"
-        # DeepSpeed prints that an operator is built, each time that it is loaded.
-        with contextlib.redirect_stdout(io.StringIO()), _helpful_errors(), _announcing_operators():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),  # where DeepSpeed prints that an operator is built, at each load
+            _helpful_errors(),
+            _announcing_operators(),
+            _without_shared_memory(),
+        ):
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
                 model_parameters=parameter_groups,
@@ -82,7 +86,6 @@ class ZeroStrategy(Strategy):
                 config=ds_config | {"torch_autocast": {"enabled": False}, "gradient_accumulation_steps": 1},
                 dist_init_required=False,
             )
-        atexit.register(_remove_shared_buffer)
         self.model = model
         self.device = torch.device(engine.device)
         self._engine = engine
@@ -213,14 +216,21 @@ def _noting(function: Callable[..., Tensor], notes: list[Tensor]) -> Callable[..
     return call
 
 
-def _remove_shared_buffer() -> None:
-    """Free this rank's buffer in shared memory, 66 MiB that DeepSpeed's CPU collectives leave behind for ever."""
-    where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
-
-
 def _reduce_nothing(optimizer: object) -> None:
     """Stands in for a reduction that must not take place."""
+
+
+@contextmanager
+def _without_shared_memory() -> Iterator[None]:
+    """Make a DeepSpeed backend that does not share memory between a machine's ranks.
+
+    It would for one collective, of tensor-parallel inference, which training never calls. For that it compiles an
+    operator for a minute, leaves 66 MiB a rank in /dev/shm when a rank is killed, and waits for ever, deaf to signals,
+    for the memory of a rank that has died or is on another machine.
+    """
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package, this is PyTorch
+    with mock.patch.object(backend, "build_shm_op", return_value=None):
+        yield
 
 
 @contextmanager
