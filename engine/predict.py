@@ -137,7 +137,7 @@ class Predictor:
                 faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
                 answer = self.run.objective.predict(output.logits).cpu().numpy()
                 if faults:
-                    yield Failure(output.row, faults[0][1])
+                    yield Failure(output.row, faults[0].reason)
                 elif not np.isfinite(answer).all():
                     yield Failure(output.row, f"the model's answer is not finite: {answer}")
                 else:
@@ -199,7 +199,9 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
     if isinstance(labels, str):
         log.warning("predictions without metrics: %s", labels)
-    elif labels is not None and labels.seen:
+    elif labels is not None and labels.without:
+        log.warning("metrics without the slides that are not labelled: %s", labels.without)
+    if isinstance(labels, Labels) and labels.seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
     header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
@@ -228,10 +230,11 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
                 log.warning("%s: no heatmap: %s", name, error)
     log.info("%d predictions in %s", len(outputs), request.out)
-    if isinstance(labels, Labels) and outputs:
+    judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
+    if isinstance(labels, Labels) and judgeable:
         judged = Judged(
-            supervision, np.array([labels.targets[name] for name in outputs]), np.stack(list(outputs.values())),
-            [labels.cases[name] for name in outputs], run.classes,
+            supervision, np.array([labels.targets[name] for name in judgeable]),
+            np.stack([outputs[name] for name in judgeable]), [labels.cases[name] for name in judgeable], run.classes,
         )  # fmt: skip
         _write(request.out, partial(_write_metrics, request.out, judged, labels.seen), world)
     failures = world.gather_objects(failures)[0]

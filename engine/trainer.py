@@ -80,13 +80,15 @@ class Trainer:
             log.info("epoch %d was trained and not yet validated when the run was cut off", progress.epoch)
             progress = self._validate(progress, progress.unreported)
         for epoch in range(progress.epoch, self.config.run.epochs):
+            self.cohort.try_again()
             totals = self._train_epoch(epoch, progress.step)
             progress = replace(
-                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.excluded,
+                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.lasting,
                 unreported=totals,
             )  # fmt: skip
             self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
             progress = self._validate(progress, totals)
+        self.cohort.try_again()
         if self.cohort.usable("test"):
             self.checkpoints.load(self.strategy, "best")
             result = self.evaluate("test")
