@@ -32,6 +32,7 @@ from slidescale.engine.errors import TrainingError, UserError
 from slidescale.engine.history import read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.predict import PredictRequest, predict_slides
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
@@ -285,6 +286,37 @@ def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog
     assert "cannot open" in excluded[train[0]["slide_id"]]
     assert "cannot read at" in excluded[train[1]["slide_id"]]
     assert val[0]["slide_id"] not in {row["slide_id"] for row in read_csv(folder / "predictions.csv")}
+
+
+def test_names_lead_out_of_no_folder(cohort_copy: Path, tmp_path: Path) -> None:
+    """Whatever slides, patients and classes are called, a run and what predicts with it keep to their folders."""
+    names = ["../../../escaped", str(tmp_path / "absolute"), "H21/1234", "a" * 300, "病" * 100, "=1+1"]
+    classes = {"wild_type": "../wild", "mutant": "EGFR+/L858R"}
+
+    def rename(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        val = [row for row in rows if row["split"] == "val"]
+        for row, name in zip(rows, [*names[:2], *["x"] * len(rows)], strict=False):
+            row["case_id"] = f"{name}{row['case_id']}"
+        for row, name in zip(val, names, strict=False):
+            row["slide_id"] = name
+        for row in rows:
+            row["label"] = classes[row["label"]]
+        return rows
+
+    edit_manifest(cohort_copy, rename)
+    before = set(tmp_path.rglob("*"))
+    val = [row for row in read_csv(cohort_copy) if row["split"] == "val"]
+    config = make_config(cohort_copy, tmp_path / "runs" / "deep", epochs=1, heatmaps=9, classes=tuple(classes.values()))
+    folder = main.run(config)
+    request = PredictRequest(
+        run=folder, manifest=cohort_copy, out=tmp_path / "o" / "p.csv", heatmaps=tmp_path / "o" / "h"
+    )
+    predict_slides(request)
+    assert len(list((folder / "heatmaps").iterdir())) == len(val)
+    assert len(list((tmp_path / "o" / "h").glob("*.png"))) == len(read_csv(cohort_copy))
+    outside = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+    assert outside == {"runs", "o"} and not (tmp_path.parent / "escaped").exists()
+    assert {path.name for path in (tmp_path / "runs" / "deep").iterdir()} == {"t", "tilings"}
 
 
 def test_too_many_unusable_slides_stop_the_run(cohort_copy: Path, tmp_path: Path) -> None:

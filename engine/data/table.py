@@ -77,8 +77,8 @@ def read_table(path: Path) -> Table:
     if too_long:
         shown = ", ".join(map(str, too_long[:10])) + ", …" * (len(too_long) > 10)
         raise ManifestError(
-            f"{path}: {len(too_long)} rows have more cells than the header, which has {len(columns)}; quote cells that "
-            f"have a {DELIMITERS.get(delimiter, repr(delimiter))} in them: row {shown}"
+            f"{path}: row {shown}: more cells than the header, which has {len(columns)}; quote cells that have a "
+            f"{DELIMITERS.get(delimiter, repr(delimiter))} in them"
         )
     return Table(columns, records)
 
