@@ -72,7 +72,8 @@ class PredictRequest(ComputeSettings):
     """Slide files; a slide's name is its file's, without the ending."""
     manifest: Path | None = None
     """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder. With
-    the run's label columns too, and case_id for intervals over patients, there are metrics and figures beside --out."""
+    the run's label columns too, and case_id for intervals over patients, there are metrics and figures of the slides
+    that have a label, beside --out."""
     out: Path = Path("predictions.csv")
     """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
     two, or of each of more), k (tiles used)."""
