@@ -29,13 +29,14 @@ from slidescale.engine.config import (
     RunConfig,
 )
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.history import read_history
+from slidescale.engine.history import EpochTotals, read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.predict import PredictRequest, predict_slides
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from test_retry import Away
 from worlds import World
 
 
@@ -286,6 +287,30 @@ def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog
     assert "cannot open" in excluded[train[0]["slide_id"]]
     assert "cannot read at" in excluded[train[1]["slide_id"]]
     assert val[0]["slide_id"] not in {row["slide_id"] for row in read_csv(folder / "predictions.csv")}
+
+
+def test_a_slide_that_was_away_for_an_epoch_is_back_in_the_next(
+    cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the checkpoint of the epoch without it does not have it as unusable."""
+    lost = next(row for row in read_csv(cohort_copy) if row["split"] == "train")
+    train_epoch, slides, kept = Trainer._train_epoch, [], []
+
+    def with_faults(trainer: Trainer, epoch: int, step: int) -> EpochTotals:
+        with pytest.MonkeyPatch.context() as patch:
+            if epoch == 0:
+                Away(patch, cohort_copy.parent / lost["path"], 10**6)
+            totals = train_epoch(trainer, epoch, step)
+        slides.append(len(trainer.cohort.usable("train")))
+        kept.append(trainer.cohort.lasting)
+        return totals
+
+    monkeypatch.setattr(Trainer, "_train_epoch", with_faults)
+    with caplog.at_level("INFO"):
+        folder = main.run(make_config(cohort_copy, tmp_path / "runs"))
+    assert slides[1] == slides[0] + 1 and kept == [{}, {}]
+    assert "now, in 3 tries: Input/output error" in caplog.text and "is tried again" in caplog.text
+    assert read_csv(folder / "excluded.csv") == []
 
 
 def test_names_lead_out_of_no_folder(cohort_copy: Path, tmp_path: Path) -> None:
