@@ -25,7 +25,7 @@ class Progress:
         step: optimizer steps taken.
         slides_a_step: slides of an optimizer step, S × A.
         best_score: of the best epoch so far (see `Trainer`); empty before the first.
-        excluded: slides set aside, with the reason.
+        excluded: slides set aside for good, with the reason.
         unreported: what the last epoch's training came to, until it has been validated and told of.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slidescale.engine.data.bag import places
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, Fault, fault_of
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.tiling import Tiling
@@ -50,15 +50,15 @@ class Output(Generic[File]):
         row: the slide.
         logits: `[classes]`, equal on every rank of the tile group.
         weights: `[N]`, of each of the slide's tiles, on the CPU.
-        fault: (slide_id, reason), where this rank could not read its tiles; logits and weights of the slide mean
-            nothing then, on any rank, and it is for the caller to tell the others.
+        fault: where this rank could not read its tiles; logits and weights of the slide mean nothing then, on any
+            rank, and it is for the caller to tell the others.
         speaks: whether this rank is the one to pass the results on.
     """
 
     row: File
     logits: Tensor
     weights: np.ndarray
-    fault: tuple[str, str] | None
+    fault: Fault | None
     speaks: bool
 
 
@@ -176,14 +176,15 @@ def run_model(
     meter, done = Meter(what, sum(each.tiles for each in rounds), "tile", main=mesh.world.rank == 0), 0
     try:
         for each in rounds:
-            features, fault = [], None
+            features: list[Tensor] = []
+            fault: Fault | None = None
             for index in range(each.count):
                 reading = next(readings)
                 try:
                     tiles = reading.wait()
                 except SlideError as error:
                     # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
-                    tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
+                    tiles, fault = torch.zeros_like(reading.tiles), fault_of(each.row.slide_id, error)
                 chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
                 features.append(encode(model, chunks).features)
                 # All ranks are about as far as this one.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slidescale.engine.config import Config
 from slidescale.engine.data.bag import Bag, bag_size, draw_bag, epoch_order
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, fault_of
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import Reading, TileReader, TileRequest
 from slidescale.engine.errors import SlideError
@@ -122,7 +122,7 @@ class Feed:
             try:
                 tiles = next(readings).wait()
             except SlideError as error:
-                fault = (bag.row.slide_id, str(error))
+                fault = fault_of(bag.row.slide_id, error)
             step.waited_s += time.perf_counter() - begin
         self._cohort.exclude_faults(fault)
         if bag is None or tiles is None or bag.row.slide_id in self._cohort.excluded:

@@ -74,7 +74,8 @@ class PredictRequest(ComputeSettings):
     """Slide files; a slide's name is its file's, without the ending."""
     manifest: Path | None = None
     """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder. With
-    the run's label columns too, and case_id for intervals over patients, there are metrics and figures beside --out."""
+    the run's label columns too, and case_id for intervals over patients, there are metrics and figures of the slides
+    that have a label, beside --out."""
     out: Path = Path("predictions.csv")
     """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
     two, or of each of more), k (tiles used)."""
@@ -141,7 +142,7 @@ class Predictor:
                 faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
                 answer = self.run.objective.predict(output.logits).cpu().numpy()
                 if faults:
-                    yield Failure(output.row, faults[0][1])
+                    yield Failure(output.row, faults[0].reason)
                 elif not np.isfinite(answer).all():
                     yield Failure(output.row, f"the model's answer is not finite: {answer}")
                 else:
@@ -205,7 +206,9 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
     if isinstance(labels, str):
         log.warning("predictions without metrics: %s", labels)
-    elif labels is not None and labels.seen:
+    elif labels is not None and labels.without:
+        log.warning("metrics without the slides that are not labelled: %s", labels.without)
+    if isinstance(labels, Labels) and labels.seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
     header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
@@ -236,10 +239,11 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
                 log.warning("%s: no heatmap: %s", name, error)
     log.info("%d predictions in %s", len(outputs), request.out)
-    if isinstance(labels, Labels) and outputs:
+    judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
+    if isinstance(labels, Labels) and judgeable:
         judged = Judged(
-            supervision, np.array([labels.targets[name] for name in outputs]), np.stack(list(outputs.values())),
-            [labels.cases[name] for name in outputs], run.classes,
+            supervision, np.array([labels.targets[name] for name in judgeable]),
+            np.stack([outputs[name] for name in judgeable]), [labels.cases[name] for name in judgeable], run.classes,
         )  # fmt: skip
         _write(request.out, partial(_write_metrics, request.out, judged, labels.seen), world)
     failures = world.gather_objects(failures)[0]

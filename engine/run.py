@@ -13,7 +13,7 @@ import torch
 from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, Fault
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
@@ -244,7 +244,7 @@ def _slides_a_step(config: Config, mesh: Mesh) -> int:
 
 
 def _slides_an_epoch(config: Config, cohort: Cohort) -> int:
-    return epoch_size(len(cohort.usable("train")), config.data.epoch_share)
+    return epoch_size(len(cohort.expected("train")), config.data.epoch_share)
 
 
 def _make_strategy(
@@ -300,9 +300,8 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
             "(tile groups side by side × --optim.accumulate): choose ranks, --parallel.tile-ranks and "
             "--optim.accumulate so that it is the same"
         )
-    for slide_id, reason in progress.excluded.items():
-        if slide_id in cohort.tilings and slide_id not in cohort.excluded:
-            cohort.exclude(slide_id, reason)
+    known = {row.slide_id for row in cohort.manifest.rows}
+    cohort.exclude(*(Fault(*item) for item in progress.excluded.items() if item[0] in known))
     log.info("resumed after epoch %d (step %d)", progress.epoch, progress.step)
     return progress
 

@@ -84,14 +84,16 @@ class Trainer:
             progress = self._validate(progress, progress.unreported)
         for epoch in range(progress.epoch, self.config.run.epochs):
             note(f"in epoch {epoch + 1}", RESUME if progress.epoch else AGAIN)
+            self.cohort.try_again()
             totals = self._train_epoch(epoch, progress.step)
             progress = replace(
-                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.excluded,
+                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.lasting,
                 unreported=totals,
             )  # fmt: skip
             self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
             note(f"in epoch {epoch + 1}", RESUME)
             progress = self._validate(progress, totals)
+        self.cohort.try_again()
         if self.cohort.usable("test"):
             note("in the test of the best epoch", RESUME)
             self.checkpoints.load(self.strategy, "best")

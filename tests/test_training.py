@@ -29,12 +29,14 @@ from slidescale.engine.config import (
     RunConfig,
 )
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.history import read_history
+from slidescale.engine.history import EpochTotals, read_history
 from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.predict import PredictRequest, predict_slides
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from test_retry import Away
 from worlds import World
 
 
@@ -285,6 +287,62 @@ def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog
     assert "cannot open" in excluded[train[0]["slide_id"]]
     assert "cannot read at" in excluded[train[1]["slide_id"]]
     assert val[0]["slide_id"] not in {row["slide_id"] for row in read_csv(folder / "predictions.csv")}
+
+
+def test_a_slide_that_was_away_for_an_epoch_is_back_in_the_next(
+    cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the checkpoint of the epoch without it does not have it as unusable."""
+    lost = next(row for row in read_csv(cohort_copy) if row["split"] == "train")
+    train_epoch, slides, kept = Trainer._train_epoch, [], []
+
+    def with_faults(trainer: Trainer, epoch: int, step: int) -> EpochTotals:
+        with pytest.MonkeyPatch.context() as patch:
+            if epoch == 0:
+                Away(patch, cohort_copy.parent / lost["path"], 10**6)
+            totals = train_epoch(trainer, epoch, step)
+        slides.append(len(trainer.cohort.usable("train")))
+        kept.append(trainer.cohort.lasting)
+        return totals
+
+    monkeypatch.setattr(Trainer, "_train_epoch", with_faults)
+    with caplog.at_level("INFO"):
+        folder = main.run(make_config(cohort_copy, tmp_path / "runs"))
+    assert slides[1] == slides[0] + 1 and kept == [{}, {}]
+    assert "now, in 3 tries: Input/output error" in caplog.text and "is tried again" in caplog.text
+    assert read_csv(folder / "excluded.csv") == []
+
+
+def test_names_lead_out_of_no_folder(cohort_copy: Path, tmp_path: Path) -> None:
+    """Whatever slides, patients and classes are called, a run and what predicts with it keep to their folders."""
+    names = ["../../../escaped", str(tmp_path / "absolute"), "H21/1234", "a" * 300, "病" * 100, "=1+1"]
+    classes = {"wild_type": "../wild", "mutant": "EGFR+/L858R"}
+
+    def rename(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        val = [row for row in rows if row["split"] == "val"]
+        for row, name in zip(rows, [*names[:2], *["x"] * len(rows)], strict=False):
+            row["case_id"] = f"{name}{row['case_id']}"
+        for row, name in zip(val, names, strict=False):
+            row["slide_id"] = name
+        for row in rows:
+            row["label"] = classes[row["label"]]
+        return rows
+
+    edit_manifest(cohort_copy, rename)
+    before = set(tmp_path.rglob("*"))
+    val = [row for row in read_csv(cohort_copy) if row["split"] == "val"]
+    config = make_config(cohort_copy, tmp_path / "runs" / "deep", epochs=1, heatmaps=9, classes=tuple(classes.values()))
+    folder = main.run(config)
+    request = PredictRequest(
+        run=folder, manifest=cohort_copy, out=tmp_path / "o" / "p.csv", heatmaps=tmp_path / "o" / "h"
+    )
+    edit_manifest(cohort_copy, lambda rows: [row for row in rows if row["split"] == "val"])
+    predict_slides(request)
+    assert len(list((folder / "heatmaps").iterdir())) == len(val)
+    assert len(list((tmp_path / "o" / "h").glob("*.png"))) == len(val)
+    outside = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+    assert outside == {"runs", "o"} and not (tmp_path.parent / "escaped").exists()
+    assert {path.name for path in (tmp_path / "runs" / "deep").iterdir()} == {"t", "tilings"}
 
 
 def test_too_many_unusable_slides_stop_the_run(cohort_copy: Path, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.retry import reading
 from slidescale.engine.data.tiling import TileSpec, Tiling, cache_key
 from slidescale.engine.errors import SlideError
-from slidescale.engine.files import replacing
+from slidescale.engine.files import NAME_BYTES, replacing
 
 # Part of a folder's name, to be raised when what is in a file changes.
 FORMAT = 1
@@ -42,7 +43,7 @@ class FeatureStore:
     def __init__(self, root: Path, spec: TileSpec, *, encoder: str, fingerprint: str, precision: str, dim: int) -> None:
         key = json.dumps([FORMAT, encoder, fingerprint, precision, asdict(spec)])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        self.folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', encoder)}-{digest}"
+        self.folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', encoder)[:NAME_BYTES]}-{digest}"
         self.spec = spec
         self.dim = dim
 
@@ -59,6 +60,7 @@ class FeatureStore:
 
         Raises:
             SlideError: there is no such slide.
+            OSError: a damaged file cannot be deleted.
         """
         file = self.file(slide)
         if not file.exists():
@@ -74,9 +76,17 @@ class FeatureStore:
         return False
 
     def save(self, slide: Path, tiling: Tiling, features: Tensor) -> None:
-        """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all."""
+        """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all.
+
+        Raises:
+            SlideError: there is no such slide.
+            OSError: they cannot be written.
+        """
         with replacing(self.file(slide)) as unfinished:
-            save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
+            try:
+                save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(str(error)) from None
 
 
 class FeatureReader(TileReader):
@@ -91,12 +101,13 @@ class FeatureReader(TileReader):
 
     def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
         file = self._store.file(path)
-        try:
+
+        def attempt() -> None:
             with safe_open(file, framework="pt") as kept:  # maps the file, and reads what is looked at
                 places, features = kept.get_tensor("coords").numpy(), kept.get_tensor("features").numpy()
-        except (SafetensorError, OSError) as error:
-            raise SlideError(f"{path}: cannot read its features in {file}: {error}") from None
-        out[:] = features[_rows(places, coords, path)]
+            out[:] = features[_rows(places, coords, path)]
+
+        reading(file, f"{path}: cannot read its features in {file}", attempt, (SafetensorError, OSError))
 
 
 def _rows(places: np.ndarray, coords: np.ndarray, slide: Path) -> np.ndarray:

@@ -70,11 +70,16 @@ class TileReader:
         self._mine = threading.local()
 
     def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
-        """Answer requests in order, with up to `depth` more of them under way than the one handed out."""
+        """Answer requests in order, with up to `depth` more of them under way than the one handed out.
+
+        A slide that could not be read is not tried again for later requests of the same call, which fail at once: its
+        tries take seconds, and the slide is of no use without these tiles.
+        """
         under_way: deque[Reading] = deque()
+        failed: dict[Path, SlideError] = {}
         try:
             for request in requests:
-                under_way.append(self._start(request))
+                under_way.append(self._start(request, failed))
                 if len(under_way) > depth:
                     yield under_way.popleft()
             while under_way:
@@ -91,18 +96,29 @@ class TileReader:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _start(self, request: TileRequest) -> Reading:
+    def _start(self, request: TileRequest, failed: dict[Path, SlideError]) -> Reading:
         tiles = self._empty(len(request.coords))
         # Contiguous parts, so that a thread meets neighbouring tiles and reuses what OpenSlide has just decoded.
         parts = np.array_split(np.arange(len(tiles)), self._threads)
         return Reading(
             tiles,
             [
-                self._pool.submit(self._read, request.path, request.coords[part], tiles.numpy()[part[0] : part[-1] + 1])
+                self._pool.submit(
+                    self._read_once, request.path, request.coords[part], tiles.numpy()[part[0] : part[-1] + 1], failed
+                )
                 for part in parts
                 if len(part)
             ],
         )
+
+    def _read_once(self, path: Path, coords: np.ndarray, out: np.ndarray, failed: dict[Path, SlideError]) -> None:
+        if path in failed:
+            raise failed[path]
+        try:
+            self._read(path, coords, out)
+        except SlideError as error:
+            failed[path] = error
+            raise
 
     def _empty(self, n: int) -> Tensor:
         side = self.spec.tile_px

@@ -8,6 +8,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from slidescale.engine.data.retry import reading
 from slidescale.engine.errors import SlideError
 
 # How far the levels of a pyramid may miss a wanted resolution, and still be taken as they are or enlarged to it.
@@ -19,8 +20,8 @@ BAND_PX = 2**24
 class Slide:
     """An open whole-slide image.
 
-    Safe to read from several threads. After a failed read OpenSlide refuses every further one, so a slide that
-    raised must be opened anew.
+    Safe to read from several threads. What fails is tried again (see `retry.reading`); a slide that raised must be
+    opened anew, for OpenSlide refuses every read after a failed one.
 
     Args:
         default_mpp_um: level-0 resolution in µm a pixel for a file that states none.
@@ -30,15 +31,13 @@ class Slide:
         width, height: level-0 size in pixels.
 
     Raises:
+        SlideUnavailableError: the file cannot be read now.
         SlideError: not readable as a slide, or of unknown resolution.
     """
 
     def __init__(self, path: Path, *, default_mpp_um: float | None = None) -> None:
         self.path = path
-        try:
-            self._file = openslide.OpenSlide(path)
-        except (openslide.OpenSlideError, OSError) as error:
-            raise SlideError(f"cannot open {path}: {error}") from None
+        self._file = reading(path, f"cannot open {path}", self._open, (openslide.OpenSlideError, OSError))
         self.width, self.height = self._file.dimensions
         try:
             self.mpp_um = _resolution(self._file, default_mpp_um)
@@ -58,6 +57,7 @@ class Slide:
             uint8 `[height, width, 3]`, RGB; parts without data have the slide's background colour.
 
         Raises:
+            SlideUnavailableError: the file cannot be read now.
             SlideError: the file is damaged here, or coarser than `mpp_um`.
         """
         self.check_resolution(mpp_um)
@@ -65,10 +65,7 @@ class Slide:
         level = self._file.get_best_level_for_downsample(downsample * (1 + RESOLUTION_TOLERANCE))
         remainder = downsample / self._file.level_downsamples[level]
         stored_px = (max(1, round(size_px[0] * remainder)), max(1, round(size_px[1] * remainder)))
-        try:
-            region = self._file.read_region((x, y), level, stored_px)
-        except openslide.OpenSlideError as error:
-            raise SlideError(f"{self.path}: cannot read at ({x}, {y}): {error}") from None
+        region = self._read_region((x, y), level, stored_px)
         image = self._flatten(region)
         if stored_px != size_px:
             # Pillow's bilinear filter widens with the reduction, so it averages and does not alias.
@@ -107,6 +104,27 @@ class Slide:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _open(self) -> openslide.OpenSlide:
+        return openslide.OpenSlide(self.path)
+
+    def _read_region(self, place: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
+        """Stored pixels, RGBA, from level-0 (x, y) `place` on."""
+
+        def attempt() -> Image.Image:
+            file = self._file
+            try:
+                return file.read_region(place, level, size_px)
+            except openslide.OpenSlideError:
+                if file is self._file:  # not closed here: another thread may be reading from it
+                    self._file = self._open()
+                    return self._file.read_region(place, level, size_px)
+                raise
+
+        return reading(
+            self.path, f"{self.path}: cannot read at ({place[0]}, {place[1]})", attempt,
+            (openslide.OpenSlideError, OSError),
+        )  # fmt: skip
 
     def _flatten(self, region: Image.Image) -> Image.Image:
         """RGBA to RGB; most tiles are opaque, which is a cheap look at their alpha band."""

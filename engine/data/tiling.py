@@ -3,6 +3,8 @@
 import hashlib
 import json
 import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from einops import reduce
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
+from slidescale.engine.data.retry import fault
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.errors import SlideError
 from slidescale.engine.files import file_name, replacing
@@ -20,6 +23,9 @@ MASK_PX_A_TILE = 8
 # Saturation that separates tissue from glass. Otsu's threshold adapts it to the stain, within bounds that keep an
 # empty slide from turning its noise into tissue, and a slide full of tissue from losing its paler half.
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.05, 0.12
+
+# What NumPy and the ZIP format have for a file that cannot be read or was changed.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
 
     Raises:
         SlideError: see `Slide` and `tile_slide`.
+        OSError: the tiling cannot be kept.
     """
     kept = cache / f"{cache_key(path, spec)}.npz"
     try:
@@ -84,8 +91,9 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path) -> Tiling:
             return Tiling(stored["coords"], float(stored["side_px"]))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        kept.unlink()  # cut short by a full disk, say: it is made again
+    except DAMAGED:  # cut short by a full disk, say: it is made again
+        with suppress(OSError):
+            kept.unlink()
     with Slide(path, default_mpp_um=spec.default_mpp_um) as slide:
         tiling = tile_slide(slide, spec)
     with replacing(kept) as unfinished:
@@ -109,12 +117,13 @@ def cache_key(path: Path, spec: TileSpec) -> str:
     """A name for what is kept of a slide's tiles; changes with the file and the settings, so that none is stale.
 
     Raises:
+        SlideUnavailableError: the file cannot be looked at now.
         SlideError: there is no such file.
     """
     try:
-        status = path.stat()
+        status, resolved = path.stat(), path.resolve()
     except OSError as error:
-        raise SlideError(f"cannot open {path}: {error.strerror}") from None
-    key = [str(path.resolve()), status.st_size, status.st_mtime_ns, asdict(spec)]
+        raise fault(f"cannot open {path}", error) from None
+    key = [str(resolved), status.st_size, status.st_mtime_ns, asdict(spec)]
     key += [MASK_PX_A_TILE, LOWEST_THRESHOLD, HIGHEST_THRESHOLD]
     return f"{file_name(path.stem)}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}"
