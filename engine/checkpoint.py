@@ -1,7 +1,5 @@
 """Checkpoints: everything a run needs to go on, written whole or not at all, and compared with checksums when read."""
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -10,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slidescale.engine.checksums import CHECKSUMS, find_damage, write_checksums
+from slidescale.engine.checksums import CHECKSUMS, find_damage, read_signed, write_checksums, write_signed
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.files import sync, write_json
+from slidescale.engine.files import sync
 from slidescale.engine.history import EpochTotals
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.strategy import Strategy, find_not_finite
@@ -164,10 +162,8 @@ class Checkpoints:
             content = self._world.ask_main(lambda: _read_progress(folder))
         except UserError as error:
             return None, str(error)
-        if "sha256" not in content:
-            log.warning(
-                "%s was written by a version that wrote no checksums: nothing shows whether it is whole", folder
-            )
+        if not content["signed"]:
+            log.warning("%s has no checksums, as an older version wrote it: nothing shows whether it is whole", folder)
         elif damage := find_damage(folder, self._world):
             return None, damage
         if content["format"] != strategy.checkpoint_format:
@@ -216,8 +212,7 @@ class Checkpoints:
         sync(self._weights.parent)
 
     def _write_progress(self, folder: Path, progress: Progress, written_format: str) -> None:
-        content = {"progress": asdict(progress), "format": written_format}
-        write_json(folder / PROGRESS, content | {"sha256": _digest(content)})
+        write_signed(folder / PROGRESS, {"progress": asdict(progress), "format": written_format})
 
     def _point(self, link: str, target: Path) -> None:
         """Make `link` name `target`, at no moment naming nothing."""
@@ -263,30 +258,20 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("epoch-*") if re.fullmatch(r"epoch-\d{4,}", path.name)]
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read_progress(folder: Path) -> dict[str, Any]:
-    """The content of progress.json, in which "progress" is a `Progress`.
+    """The content of progress.json: "progress", "format", and whether it has a checksum, "signed".
 
     Raises:
         UserError: it is missing, damaged, or another version's; the message names it by its name alone.
     """
+    content, signed = read_signed(folder / PROGRESS)
+    if not signed and (folder / CHECKSUMS).exists():  # an older version's has no checksums at all
+        raise UserError(f"{PROGRESS} has other content than was written")
     try:
-        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        signed = {name: value for name, value in content.items() if name != "sha256"}
-        has_checksums = "sha256" in content or (folder / CHECKSUMS).exists()  # an old version's has neither
-        if has_checksums and content.get("sha256") != _digest(signed):
-            raise UserError(f"{PROGRESS} has other content than was written")
         values = content["progress"]
         if unreported := values.get("unreported"):
             values["unreported"] = EpochTotals(**unreported)
         progress = Progress(**(values | {"best_score": tuple(values["best_score"])}))
-        return {**content, "progress": progress, "format": str(content["format"])}
-    except FileNotFoundError:
-        raise UserError(f"{PROGRESS} is missing") from None
-    except OSError as error:
-        raise UserError(f"{PROGRESS} cannot be read: {error.strerror}") from None
+        return {"progress": progress, "format": str(content["format"]), "signed": signed}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{PROGRESS} is damaged, or another version's: {error}") from None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slidescale.engine.errors import UserError
 from slidescale.engine.files import sync, write_json
@@ -25,7 +25,11 @@ def write_checksums(folder: Path, world: RankGroup) -> None:
     Every rank calls this, once all of them have written; each reads a share of the files.
     """
     names = world.ask_main(
-        lambda: sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        lambda: sorted(
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and path != folder / CHECKSUMS
+        )
     )
     mine: dict[str, Checksum] = {}
     for name in names[world.rank :: world.size]:
@@ -36,7 +40,7 @@ def write_checksums(folder: Path, world: RankGroup) -> None:
         for path in folder.rglob("*"):
             if path.is_dir():
                 sync(path)
-        write_json(folder / CHECKSUMS, {name: found[name]._asdict() for name in names})
+        write_signed(folder / CHECKSUMS, {name: found[name]._asdict() for name in names})
     world.barrier()
 
 
@@ -62,21 +66,40 @@ def _checksum(path: Path) -> Checksum:
         return Checksum(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _read_checksums(path: Path) -> dict[str, Checksum]:
-    """Read what `write_checksums` wrote.
+def write_signed(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that has its own checksum, under "sha256"."""
+    write_json(path, content | {"sha256": _signature(content)})
+
+
+def read_signed(path: Path) -> tuple[dict[str, Any], bool]:
+    """Read what `write_signed` wrote, and whether it has a checksum; JSON without one is taken as it is.
 
     Raises:
-        UserError: the file is missing or damaged; the message names it by its name alone.
+        UserError: the file is missing or damaged; the message calls it by its name alone.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Checksum(int(each["size"]), str(each["sha256"])) for name, each in content.items()}
+        signature = content.pop("sha256", None)
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing") from None
     except OSError as error:
         raise UserError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path.name} is not what was written") from None
+    if signature not in (None, _signature(content)):
+        raise UserError(f"{path.name} has other content than was written")
+    return content, signature is not None
+
+
+def _signature(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_checksums(path: Path) -> dict[str, Checksum]:
+    content, signed = read_signed(path)
+    if not signed:
+        raise UserError(f"{path.name} has other content than was written")
+    return {name: Checksum(**each) for name, each in content.items()}
 
 
 def _difference(folder: Path, name: str, expected: Checksum) -> str | None:

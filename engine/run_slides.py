@@ -75,9 +75,9 @@ def _describe(row: ManifestRow) -> dict[str, Any]:
 def _label(slide: dict[str, Any], manifest: Manifest) -> str:
     """A target in words: of classes their names, which the manifest has in the recorded order."""
     target = slide["target"]
-    if manifest.supervision == "classes":
+    if manifest.supervision == "classes" and target and target[0] in range(len(manifest.classes)):
         return manifest.classes[int(target[0])]
-    return " ".join("missing" if value is None else f"{value:g}" for value in target)
+    return " ".join("missing" if value is None else str(value) for value in target)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
@@ -92,6 +92,4 @@ def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"cannot read {path}: {type(error).__name__}: {error}; move it away to go on without it"
-        ) from None
+        raise UserError(f"cannot read {path}: {error}; move it away to go on without it") from None

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams import metadata
 
 from slidescale.engine import main
 from slidescale.engine.checkpoint import Checkpoints
+from slidescale.engine.checksums import read_signed, write_signed
 from slidescale.engine.config import (
     Config,
     DataConfig,
@@ -189,9 +190,9 @@ def test_an_epoch_whose_validation_was_cut_off(
     assert len(read_history(folder)) == killed - (where != "mark_reported"), "no row yet"
     if where == "_report":  # the epoch was marked best, by a score that rounds otherwise on other ranks, say
         progress = folder / "checkpoints" / "best" / "progress.json"
-        content = json.loads(progress.read_text())
+        content, _ = read_signed(progress)
         content["progress"]["best_score"][-1] += 1e-9
-        progress.write_text(json.dumps(content))
+        write_signed(progress, content)
     main.run(replace(config, resume=True))
     assert len(rows_of(whole)) == epochs
     assert rows_of(folder) == rows_of(whole)
