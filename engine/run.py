@@ -303,8 +303,8 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
     for slide_id, reason in progress.excluded.items():
         if slide_id in cohort.tilings and slide_id not in cohort.excluded:
             cohort.exclude(slide_id, reason)
-    name = checkpoints.folder / epoch_name(progress.epoch)
-    log.info("resumed from %s, after epoch %d (step %d)", name, progress.epoch, progress.step)
+    folder = checkpoints.folder / epoch_name(progress.epoch)
+    log.info("resumed after epoch %d (step %d), from %s", progress.epoch, progress.step, folder)
     return progress
 
 

@@ -84,9 +84,8 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     # A checksum under another name is one whose name is damaged.
-    expected = metadata.get(DIGEST) or next(
-        (value for value in metadata.values() if len(value) == len(NO_DIGEST)), None
-    )
+    digests = [value for value in metadata.values() if len(value) == len(NO_DIGEST)]
+    expected = metadata.get(DIGEST, digests[0] if digests else None)
     if expected is not None and _digest(path, expected) != expected:
         raise UserError(f"{path} is damaged: its content is not what was written (its SHA-256 differs)")
     try:
