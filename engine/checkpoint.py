@@ -73,7 +73,7 @@ class Checkpoints:
             TrainingError: parameters or the optimizer's state are not finite; nothing has been written.
         """
         if found := self._not_finite(strategy):
-            raise TrainingError(f"{found}: no checkpoint was written; --resume goes on from the one before")
+            raise TrainingError(f"{found}: no checkpoint was written; --resume goes on from an earlier one, if any")
         target = self.folder / epoch_name(progress.epoch)
         unfinished = target.with_suffix(UNFINISHED)
         if self._world.rank == 0:
