@@ -243,14 +243,15 @@ def epoch_name(epoch: int) -> str:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run's folder of checkpoints has any."""
-    return bool(_checkpoints(folder))
+    return (folder / "last").exists() or bool(_checkpoints(folder))
 
 
 def is_reported(folder: Path) -> bool:
     """Whether the last checkpoint in `folder` can be read, and its epoch has been validated and reported."""
     try:
-        return not _read_progress((folder / "last").resolve())["progress"].unreported
-    except UserError:
+        content, _ = read_signed(folder / "last" / PROGRESS)
+        return not content["progress"].get("unreported")
+    except (UserError, KeyError, AttributeError):
         return False
 
 
