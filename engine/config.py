@@ -317,6 +317,9 @@ class RunConfig:
     auto: triton on a GPU that it is made for (NVIDIA's from compute capability 8.0 on, AMD's), torch elsewhere."""
     heatmaps: int = 4
     """Validation slides whose tile attention is drawn each time validation improves."""
+    keep_checkpoints: int = 2
+    """Number of the last checkpoints that are kept, beside the best one. Where the last one turns out damaged,
+    `--resume` goes on from the one before."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -324,6 +327,7 @@ class RunConfig:
         _require(self.epochs >= 1, "run.epochs", self.epochs, "must be at least 1")
         _require(self.seed >= 0, "run.seed", self.seed, "must not be negative")
         _require(self.heatmaps >= 0, "run.heatmaps", self.heatmaps, "must not be negative")
+        _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

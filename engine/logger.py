@@ -127,10 +127,12 @@ class RunLog:
         slides: that the whole run trains on, for the progress bar.
         done: of these, trained on before a resume.
         step: optimizer steps taken before a resume.
+        again: of these, the last one's scalars, and those of the epoch that ended with it, will be logged again.
+            What the run that was cut off has logged of them is dropped, and so are all later steps.
     """
 
-    def __init__(self, folder: Path, *, main: bool, slides: int, done: int, step: int) -> None:
-        self._board = SummaryWriter(folder, purge_step=step + 1) if main else None
+    def __init__(self, folder: Path, *, main: bool, slides: int, done: int, step: int, again: bool = False) -> None:
+        self._board = SummaryWriter(folder, purge_step=step + (not again)) if main else None
         self._begins = step == 0
         # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
         self.bar = tqdm(

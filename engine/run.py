@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from slidescale.engine.checkpoint import Checkpoints, Progress
+from slidescale.engine.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
@@ -43,6 +43,7 @@ from slidescale.engine.run_folder import (
     read_record,
     record_run,
 )
+from slidescale.engine.run_slides import check_same_slides, record_slides
 from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
 from slidescale.engine.stopping import AGAIN, RESUME, note
@@ -75,7 +76,7 @@ def run(config: Config) -> Path:
     model = make(config).to(place.device)
     describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
-    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, place.mesh)
+    folder = _find_or_open_run_folder(config, manifest, frozen_encoder, place.mesh)
     if config.resume:
         objective = _resumed_objective(folder, place.mesh) or objective
     log.info(
@@ -89,12 +90,13 @@ def run(config: Config) -> Path:
         reset_peak(place.device)  # training's own counts from here
     strategy, ds_config = _make_strategy(config, place, model, cohort)
     plan = _plan(config, place, make, strategy, ds_config, cohort)
-    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world)
+    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
     progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
     if config.resume:
         progress = _resume(checkpoints, strategy, cohort, progress.slides_a_step)
     if place.mesh.world.rank == 0:
         record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
+        record_slides(folder, manifest)
     _train(config, place, cohort, reader, strategy, objective.to(place.device), plan, checkpoints, progress, folder)
     log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
@@ -166,7 +168,7 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_encoder: str | None, mesh: Mesh) -> Path:
+def _find_or_open_run_folder(config: Config, manifest: Manifest, frozen_encoder: str | None, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
 
     def find_or_open() -> Path:
@@ -177,7 +179,8 @@ def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_en
                 raise UserError(f"cannot make the run's folder: {error}") from None
         folder = find_run_folder(config.run.out, config.run.name)
         check_same_settings(folder, config)
-        check_same_subject(folder, classes, frozen_encoder)
+        check_same_subject(folder, manifest.classes, frozen_encoder)
+        check_same_slides(folder, manifest)
         return folder
 
     return mesh.world.ask_main(find_or_open)
@@ -302,7 +305,8 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
         )
     known = {row.slide_id for row in cohort.manifest.rows}
     cohort.exclude(*(Fault(*item) for item in progress.excluded.items() if item[0] in known))
-    log.info("resumed after epoch %d (step %d)", progress.epoch, progress.step)
+    folder = checkpoints.folder / epoch_name(progress.epoch)
+    log.info("resumed after epoch %d (step %d), from %s", progress.epoch, progress.step, folder)
     return progress
 
 
@@ -325,7 +329,7 @@ def _train(
     slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
     run_log = RunLog(
         folder, main=place.mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
-        step=progress.step,
+        step=progress.step, again=progress.unreported is not None and bool(progress.unreported.last_scalars),
     )  # fmt: skip
     run_log.hyperparameters(
         config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision),

@@ -17,6 +17,7 @@ from slidescale.engine.data.bag import epoch_size
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.errors import TrainingError
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.files import save_png
@@ -75,12 +76,14 @@ class Trainer:
         self.run_log = run_log
         self.folder = folder
         self.planned_peak_gib = planned_peak_gib
+        self._last_slides: tuple[str, ...] = ()  # of the last step
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the last epoch; then test the best epoch, if there is a test split."""
         if progress.unreported is not None:
             log.info("epoch %d was trained and not yet validated when the run was cut off", progress.epoch)
             note(f"in epoch {progress.epoch}", RESUME)
+            self.run_log.scalars(progress.unreported.last_scalars, progress.step)
             progress = self._validate(progress, progress.unreported)
         for epoch in range(progress.epoch, self.config.run.epochs):
             note(f"in epoch {epoch + 1}", RESUME if progress.epoch else AGAIN)
@@ -90,7 +93,12 @@ class Trainer:
                 progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.lasting,
                 unreported=totals,
             )  # fmt: skip
-            self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
+            self.run_log.flush()  # a resume does not log the steps again that the checkpoint has
+            try:
+                self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
+            except TrainingError as error:
+                slides = ", ".join(self._last_slides)
+                raise TrainingError(f"after step {progress.step}, on slide {slides}: {error}") from None
             note(f"in epoch {epoch + 1}", RESUME)
             progress = self._validate(progress, totals)
         self.cohort.try_again()
@@ -140,19 +148,18 @@ class Trainer:
             totals.tiles += batch.k
             totals.seconds += end - begin
             totals.waiting += batch.waited_s
-            self.run_log.scalars(
-                {
-                    "train/loss": result.loss,
-                    **{f"train/{name}": value for name, value in settings.items()},
-                    **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
-                    "train/attention_entropy": result.attention_entropy,
-                    "train/effective_tiles": result.effective_tiles,
-                    "speed/tiles_per_s": batch.k / (end - begin),
-                    "speed/data_wait_share": batch.waited_s / (end - begin),
-                    **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
-                },
-                step + len(totals.losses),
-            )
+            totals.last_scalars = {
+                "train/loss": result.loss,
+                **{f"train/{name}": value for name, value in settings.items()},
+                **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
+                "train/attention_entropy": result.attention_entropy,
+                "train/effective_tiles": result.effective_tiles,
+                "speed/tiles_per_s": batch.k / (end - begin),
+                "speed/data_wait_share": batch.waited_s / (end - begin),
+                **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
+            }
+            self.run_log.scalars(totals.last_scalars, step + len(totals.losses))
+            self._last_slides = tuple(row.slide_id for row in batch.rows)
             meter.reach(totals.slides, f"loss {np.mean(totals.losses):.3f}")
             self.run_log.bar.set_description(name, refresh=False)
             speed = totals.tiles / totals.seconds

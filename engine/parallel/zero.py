@@ -18,21 +18,33 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.cpp_extension import LIB_EXT, _get_build_directory
 
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import is_main_rank
-from slidescale.engine.parallel.strategy import GradientNorms, Strategy, check_gradient_norm, gradient_norms
+from slidescale.engine.parallel.state_files import load_state
+from slidescale.engine.parallel.strategy import (
+    GradientNorms,
+    Strategy,
+    check_gradient_norm,
+    clip_gradients,
+    gradient_norms,
+)
 
 # DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils.tensor_fragment import fragment_address
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +59,9 @@ FLUSHES = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero
 # What its optimizers of stages 1 to 3 call once for each group of parameters, to put the whole norm together: the
 # group's norm over all ranks, of gradients that are on the device, or that have been offloaded.
 GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
+
+# What DeepSpeed's checkpoints hold beside tensors and plain values: classes that do nothing but hold numbers.
+IN_CHECKPOINTS = (LossScaler, ZeroStageEnum, fragment_address)
 
 
 class ZeroStrategy(Strategy):
@@ -89,9 +104,17 @@ class ZeroStrategy(Strategy):
         self.model = model
         self.device = torch.device(engine.device)
         self._engine = engine
+        # In place of DeepSpeed's own, which would run whatever a file names, and of those that ds.json can choose,
+        # which write while training goes on: a checkpoint is called complete when `save` returns.
+        engine.checkpoint_engine = _Files()
+        if engine.load_universal_checkpoint():
+            raise ConfigError("ds.json: checkpoint.load_universal is true: take it out, for slidescale writes no such")
         self._stage = int(engine.zero_optimization_stage())
         self.name = f"zero{self._stage}"
         self.checkpoint_format = f"{self.name} on {engine.world_size} ranks"
+        if self._stage == 0:
+            # Its gradients are clipped here, by a norm that is summed in doubles; DeepSpeed's is not.
+            engine.clip_fp32_gradients = lambda: None
         self._group_norms: list[Tensor] = []
         if self._stage > 0:
             for name in GROUP_NORMS:
@@ -133,6 +156,8 @@ class ZeroStrategy(Strategy):
             # DeepSpeed computes no norm here, and its gradients are whole and equal on every rank.
             norms = gradient_norms(self.model)
             check_gradient_norm(norms.total)
+            if clip := self._engine.gradient_clipping():
+                clip_gradients(self.model, norms, clip)
             self._engine.step()
             return norms
         # Stages 1 to 3 skip the update themselves when the norm is not finite, and report it as infinite.
@@ -174,11 +199,54 @@ class ZeroStrategy(Strategy):
         """DeepSpeed's sharded checkpoint."""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters; under stage 3 this rank's shards, without what fills up the last of them."""
+        for name, parameter in self.model.named_parameters():
+            if self._stage < 3:
+                yield name, parameter.detach()
+                continue
+            partition: Any = parameter
+            shard, start = partition.ds_tensor, partition.ds_zero_partition_rank * partition.ds_tensor.ds_numel
+            yield name, shard.detach().view(-1)[: max(0, partition.ds_numel - start)]
+
     def load(self, folder: Path) -> None:
         """Read DeepSpeed's sharded checkpoint."""
+        self._check_files(folder)
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise UserError(f"{folder} holds no checkpoint that DeepSpeed can read")
+
+    def _check_files(self, folder: Path) -> None:
+        """Read all files once, each rank its share, but for the content of tensors.
+
+        Within `load_checkpoint` a rank that finds a file of its own unfit would leave the others waiting.
+
+        Raises:
+            UserError: a file holds what `_Files` does not load; on every rank alike.
+        """
+        found: str | None = None
+        for path in sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
+            try:
+                load_state(path, "cpu", IN_CHECKPOINTS, mmap=True)
+            except UserError as error:
+                found = str(error)
+        everyones = [found] * dist.get_world_size()
+        dist.all_gather_object(everyones, found)
+        for text in everyones:
+            if text is not None:
+                raise UserError(text)
+
+
+class _Files(TorchCheckpointEngine):
+    """Writes and reads the files of DeepSpeed's checkpoints, and loads nothing but tensors and values from them."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file, in the form of which tensors need not be read at once."""
+        torch.save(state_dict, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a file."""
+        return load_state(path, map_location, IN_CHECKPOINTS)
 
 
 def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
