@@ -44,6 +44,8 @@ class Cohort:
             match results[row.slide_id]:
                 case Tiling() as tiling:
                     self.tilings[row.slide_id] = tiling
+                    for doubt in tiling.doubts:
+                        log.warning("%s", doubt)
                 case str() as reason:
                     self.exclude(row.slide_id, reason)
         self.check_splits()
@@ -98,6 +100,6 @@ class Cohort:
 def _try_tiling(row: ManifestRow, spec: TileSpec, cache: Path) -> Tiling | str:
     """The tiling, or why there is none."""
     try:
-        return cached_tiling(row.path, spec, cache)
+        return cached_tiling(row.path, spec, cache, mpp_um=row.mpp_um)
     except SlideError as error:
         return str(error)

@@ -1,12 +1,14 @@
 """The manifest: which slides there are, what they are labelled, and how they are split."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from slidescale.engine.config import DataConfig
+from slidescale.engine.data.resolution import POSSIBLE_UM
 from slidescale.engine.data.targets import MISSING, Problem, Record, near, read_targets
 from slidescale.engine.errors import ManifestError
 from slidescale.engine.objective import SupervisionName
@@ -22,6 +24,7 @@ class ManifestRow:
         target: what a model is to predict of it. classes: (index into the manifest's classes,); multi_label: 1.0, 0.0
             or NaN (missing) for each label; regression: (number,); survival: (time, event), with event 1.0 when it was
             observed, and 0.0 when the patient was last seen without it.
+        mpp_um: level-0 resolution in µm a pixel, in place of what the file states.
     """
 
     slide_id: str
@@ -29,6 +32,7 @@ class ManifestRow:
     path: Path
     target: tuple[float, ...]
     split: Split
+    mpp_um: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class Manifest:
 
 
 class NamedFile(NamedTuple):
-    """A slide to predict; no label, no split."""
+    """A slide to predict; no label, no split. For `mpp_um` see `ManifestRow`."""
 
     slide_id: str
     path: Path
+    mpp_um: float | None = None
 
 
 class Labels(NamedTuple):
@@ -79,7 +84,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
     full = _full_columns(config)
     records = _read_records(path, full | dict.fromkeys(config.label_columns, "--data.label-columns"))
     problems = [*_missing_cells(records, full), *_repeated_slides(records, config), *_mixed_cases(records, config)]
-    problems += _bad_splits(records, config)
+    problems += [*_bad_splits(records, config), *_bad_resolutions(records, config)]
     targets = read_targets(records, config)
     problems += targets.problems
     rows: list[tuple[int, dict[str, str], Path]] = []
@@ -101,6 +106,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
                 path=file,
                 target=targets.values[number],
                 split=record[config.split_column],  # type: ignore[arg-type]  # checked by _bad_splits
+                mpp_um=_resolution(record, config),
             )
             for number, record, file in rows
         ),
@@ -110,7 +116,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
 
 
 def read_files(path: Path, config: DataConfig) -> list[NamedFile]:
-    """The slides of a manifest, of which only names and paths are looked at.
+    """The slides of a manifest, of which only names, paths and resolutions are looked at.
 
     Raises:
         ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
@@ -118,8 +124,14 @@ def read_files(path: Path, config: DataConfig) -> list[NamedFile]:
     """
     columns = {config.slide_column: "as in the run's manifest", config.path_column: "as in the run's manifest"}
     records = _read_records(path, columns)
-    _refuse(path, [*_missing_cells(records, columns), *_repeated_slides(records, config)])
-    return [NamedFile(row[config.slide_column], path.parent / row[config.path_column]) for _, row in records]
+    _refuse(
+        path,
+        [*_missing_cells(records, columns), *_repeated_slides(records, config), *_bad_resolutions(records, config)],
+    )
+    return [
+        NamedFile(row[config.slide_column], path.parent / row[config.path_column], _resolution(row, config))
+        for _, row in records
+    ]
 
 
 def read_labels(path: Path, config: DataConfig, names: Sequence[str]) -> Labels | str:
@@ -249,4 +261,26 @@ def _bad_splits(records: list[Record], config: DataConfig) -> list[Problem]:
     ]
     if all(cell != "train" for _, cell in cells):
         problems.append((0, "no row is in split 'train'"))
+    return problems
+
+
+def _resolution(record: Mapping[str, str], config: DataConfig) -> float | None:
+    """What a row says of its slide's resolution: µm a pixel; None where it says nothing, or has no such column."""
+    cell = record.get(config.mpp_column, "")
+    return float(cell) if cell else None
+
+
+def _bad_resolutions(records: list[Record], config: DataConfig) -> list[Problem]:
+    low, high = POSSIBLE_UM
+    problems = []
+    for number, record in records:
+        try:
+            value = _resolution(record, config)
+        except ValueError:
+            value = math.nan
+        if value is not None and not low <= value <= high:
+            cell = record[config.mpp_column]
+            problems.append(
+                (number, f"{config.mpp_column} {cell!r} must be the slide's µm a pixel, {low:g} to {high:g}, or empty")
+            )
     return problems
