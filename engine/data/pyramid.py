@@ -18,11 +18,11 @@ CONTENT = 4.0
 LARGEST_MEAN_DIFFERENCE = 24.0
 # Levels of one picture correlate by more than 0.9, also where they were subsampled without a filter. Nowhere else,
 # up to SHIFTS cells away, may they correlate much better than where they should: then the level lies elsewhere.
-LEAST_CORRELATION, LARGEST_GAIN, SHIFTS = 0.6, 0.1, 3
+LEAST_CORRELATION, LARGEST_GAIN, SHIFTS = 0.8, 0.1, 3
 
 
 class Level(NamedTuple):
-    """A level of a slide's pyramid, by OpenSlide's number; a pixel is `downsample` (x, y) level-0 pixels wide and high."""
+    """A level of a slide's pyramid, by number; a pixel is `downsample` (x, y) level-0 pixels wide and high."""
 
     number: int
     width: int
@@ -31,13 +31,18 @@ class Level(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Pixels `first` to `stop` of a level along an axis, and where in them what is wanted begins and ends.
+    """The pixels of a level that are read for a region, along one axis.
 
-    `whole` is the number of these pixels in each one wanted, where that is a whole number and they are aligned; or 0.
+    Attributes:
+        first, size: the pixels, from the level's beginning.
+        place: where OpenSlide is to read from, in level-0 pixels by its own downsample.
+        begin, end: of the region in what is read, in fractions of its pixels.
+        whole: pixels in each one wanted, where that is a whole number and they are aligned; or 0.
     """
 
     first: int
-    stop: int
+    size: int
+    place: int
     begin: float
     end: float
     whole: int
@@ -113,7 +118,7 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum()) / norm if norm > 0 else 0.0
 
 
-def span(begin: float, length: float, wanted: int, whole: int) -> Span:
+def span(begin: float, length: float, wanted: int, whole: int, downsample: float) -> Span:
     """The pixels of a level that a region takes along one axis.
 
     Args:
@@ -121,12 +126,22 @@ def span(begin: float, length: float, wanted: int, whole: int) -> Span:
         wanted: pixels of the result.
         whole: pixels that the level has. A filter's margin does not reach beyond them, where there is no tissue, but
             the background's colour.
+        downsample: OpenSlide's for the level, the mean over both axes. It takes places in whole level-0 pixels only,
+            divides them by this, and interpolates where the quotient is not whole.
     """
     end = begin + length
     first, stop = round(begin), round(end)
-    scale = length / wanted
-    if stop > first and (stop - first) % wanted == 0 and max(abs(first - begin), abs(stop - end)) <= ALIGNED_PX:
-        return Span(first, stop, first, stop, (stop - first) // wanted)
-    margin = math.ceil(max(1.0, scale)) + 1
+    place = round(first * downsample)
+    if (
+        stop > first
+        and (stop - first) % wanted == 0
+        and max(abs(first - begin), abs(stop - end), abs(place / downsample - first)) <= ALIGNED_PX
+    ):
+        return Span(first, stop - first, place, 0, stop - first, (stop - first) // wanted)
+    margin = math.ceil(max(1.0, length / wanted)) + 1
     low, high = math.floor(begin), math.ceil(end)
-    return Span(max(low - margin, min(0, low)), min(high + margin, max(whole, high)), begin, end, 0)
+    first, stop = max(low - margin, min(0, low)), min(high + margin, max(whole, high))
+    place = math.floor(first * downsample + 1e-6)
+    offset = place / downsample  # at most a level-0 pixel before `first`: one more pixel, so that all is covered
+    size = stop - first + (offset < first - 1e-6)
+    return Span(first, size, place, max(begin - offset, 0.0), min(end - offset, float(size)), 0)
