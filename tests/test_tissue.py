@@ -108,9 +108,9 @@ def test_stains_and_shades(colour: tuple[int, int, int], is_stained: bool) -> No
 
 
 def test_real_tissue_is_judged_by_its_saturation(real_slide: Path) -> None:
-    """Not a pixel of the real slide that its saturation makes tissue is lost, but for one in a thousand."""
+    """Of what its saturation makes tissue, less than one pixel in a thousand is lost, at the resolution of a mask."""
     with Slide(real_slide) as slide:
-        image = slide.overview(1000)
+        image = slide.read(0, 0, (79, 105), 0.5 * 224 / 8)
     saturation, light = stain_saturation(image)
     levels = image.astype(np.float32)
     plain = np.ptp(levels, axis=2) / levels.max(axis=2)

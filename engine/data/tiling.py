@@ -24,9 +24,10 @@ LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.05, 0.12
 # densities must differ by this share of the largest. Haematoxylin, eosin, DAB and blood differ by 0.3 to 0.9 of it,
 # shadows, black margins and grey ink by less than 0.15, and so do pale pixels only under light too weak for a scan.
 LEAST_ABSORPTION_CONTRAST = 0.15
-# Luminance (Rec. 601, grey levels) below which nothing is tissue: an optical density of 0.8 in all colours together.
-# Folded tissue has 50 and more at this resolution; black and dark blue ink, and nuclei that shine blue, have less.
-DARKEST_TISSUE = 40
+# Luminance (Rec. 601, grey levels) below which nothing is tissue: an optical density of 0.9 in all colours together.
+# Dense nuclei of a dark slide have 30 to 40, at this resolution and at one four times as fine; black and dark blue
+# ink, and nuclei that shine blue, have less.
+DARKEST_TISSUE = 30
 # A slide under white light has glass, stroma or at least nuclei that let some of every colour through. With fewer
 # pixels than this share that are above this level in all channels, it is dark: fluorescence, or no lamp.
 LIGHT_LEVEL, LEAST_LIGHT = 60, 0.005
