@@ -42,6 +42,9 @@ class DataConfig:
     only)."""
     split_column: str = "split"
     """Manifest column with train, val or test."""
+    mpp_column: str = "mpp_um"
+    """Manifest column with a slide's level-0 resolution, in µm a pixel, where the one that its file states is wrong or
+    missing; an empty cell, or no such column, leaves the file's."""
     classes: tuple[str, ...] = ()
     """Labels in the order of the logits, negative class first; empty: the sorted labels of the train split (classes
     only)."""
@@ -54,7 +57,8 @@ class DataConfig:
     mpp_um: float = 0.5
     """Resolution to read tiles at, in µm a pixel."""
     default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file does not state one."""
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file does not state one, or states one that cannot
+    be, such as a picture's 72 dots per inch."""
     tile_px: int = 224
     """Side of a tile, in pixels at `mpp_um`."""
     k: int | Literal["all"] = "all"
@@ -63,7 +67,8 @@ class DataConfig:
     epoch_share: float = 1.0
     """Share of the training slides that an epoch takes, newly drawn each epoch, above 0, at most 1."""
     min_tissue: float = 0.5
-    """Smallest share of a tile's area that must be tissue, above 0, at most 1."""
+    """Smallest share of a tile's area that must be tissue, above 0, at most 1. Tissue is what is coloured as stain is
+    and not dark; coloured pen marks are, too, and are not told apart from it."""
     max_excluded: float = 0.1
     """Largest share of the manifest's slides that may prove unusable before the run stops, 0 to 1."""
     augment_symmetry: bool = False

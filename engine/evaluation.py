@@ -28,7 +28,7 @@ CHUNKS_AHEAD = 4
 
 
 class SlideFile(Protocol):
-    """What predicting a slide takes, beside its tiling: its name, and where it is."""
+    """What predicting a slide takes, beside its tiling: its name, where it is, and its scale."""
 
     @property
     def slide_id(self) -> str:
@@ -37,6 +37,10 @@ class SlideFile(Protocol):
     @property
     def path(self) -> Path:
         """Of the file."""
+
+    @property
+    def mpp_um(self) -> float | None:
+        """Level-0 resolution in place of what the file states."""
 
 
 File = TypeVar("File", bound=SlideFile)
@@ -216,7 +220,8 @@ class _Round(Generic[File]):
     def requests(self) -> Iterator[TileRequest]:
         """This rank's tiles, a chunk at a time; empty requests where other ranks have more."""
         for index in range(self.count):
-            yield TileRequest(self.row.path, self._mine[index * self._chunk : (index + 1) * self._chunk])
+            part = slice(index * self._chunk, (index + 1) * self._chunk)
+            yield TileRequest(self.row.path, self._mine[part], self.row.mpp_um)
 
 
 def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:

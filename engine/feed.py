@@ -79,7 +79,9 @@ class Feed:
         seed, usable = self._config.run.seed, self._cohort.usable("train")
         rows = epoch_order(usable, seed=seed, epoch=epoch, share=data.epoch_share)
         own, to_read = tee(self._draw(row, epoch) for row in rows[self._mesh.slide :: slides])
-        requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in to_read)
+        requests = (
+            TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)], bag.row.mpp_um) for bag in to_read
+        )
         readings = self._reader.ahead(requests, data.prefetch)
         size = slides * self._config.optim.accumulate
         for begin in range(0, len(rows), size):

@@ -85,7 +85,7 @@ def encode_cohort(
                 for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
                     parts.append(part)
                     meter.reach(encoded.add(len(part)))
-                store.save(row.path, tiling, torch.cat(parts))
+                store.save(row.path, tiling, torch.cat(parts), row.mpp_um)
             except SlideError as error:
                 faults[slide_id] = fault_of(slide_id, error)
                 encoded.add(tiles[slide_id] - sum(map(len, parts)))
@@ -125,7 +125,7 @@ def encode_slide(
         SlideError: the slide cannot be read.
     """
     coords = tiling.coords
-    requests = (TileRequest(row.path, coords[at : at + chunk]) for at in range(0, len(coords), chunk))
+    requests = (TileRequest(row.path, coords[at : at + chunk], row.mpp_um) for at in range(0, len(coords), chunk))
     for reading in reader.ahead(requests, CHUNKS_AHEAD):
         tiles = reading.wait().to(device, non_blocking=True)
         with torch.no_grad():
@@ -141,7 +141,7 @@ def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) 
     missing = []
     for slide_id, row in rows.items():
         try:
-            if store.has(row.path, cohort.tilings[slide_id]):
+            if store.has(row.path, cohort.tilings[slide_id], row.mpp_um):
                 continue
         except SlideError:
             pass
@@ -153,7 +153,7 @@ def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) 
 
 def _is_there(row: ManifestRow, store: FeatureStore) -> bool:
     try:
-        return store.file(row.path).exists()
+        return store.file(row.path, row.mpp_um).exists()
     except SlideError:  # it was, when its tiles were read; now its reader will say why it is not
         return True
     except OSError:

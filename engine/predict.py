@@ -48,7 +48,8 @@ class ComputeSettings:
     readers: int = 2
     """Threads a rank that read tiles."""
     default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none; by default as in the run."""
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none, or one that cannot
+    be; by default as in the run."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -73,9 +74,9 @@ class PredictRequest(ComputeSettings):
     slides: tuple[Path, ...] = ()
     """Slide files; a slide's name is its file's, without the ending."""
     manifest: Path | None = None
-    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder. With
-    the run's label columns too, and case_id for intervals over patients, there are metrics and figures of the slides
-    that have a label, beside --out."""
+    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder, and
+    mpp_um where a file states no resolution or a wrong one. With the run's label columns too, and case_id for intervals
+    over patients, there are metrics and figures of the slides that have a label, beside --out."""
     out: Path = Path("predictions.csv")
     """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
     two, or of each of more), k (tiles used)."""
@@ -131,6 +132,8 @@ class Predictor:
         for file, found in zip(files, self._tile(files), strict=True):
             if isinstance(found, Tiling):
                 tilings[file.slide_id] = found
+                for doubt in found.doubts:
+                    log.warning("%s", doubt)
             else:
                 yield Failure(file, found)
         reader = TileReader(self.spec, threads=self._readers, pin=self._device.type == "cuda")
@@ -150,9 +153,9 @@ class Predictor:
         finally:
             reader.close()
 
-    def open(self, path: Path) -> Slide:
+    def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
-        return Slide(path, default_mpp_um=self.spec.default_mpp_um)
+        return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
         """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
@@ -228,12 +231,12 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             continue
         name = answer.file.slide_id
         shown = output_cells(supervision, run.classes, answer.output)
-        rows[name], outputs[name] = (*answer.file, *shown, len(answer.weights)), answer.output
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
         log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
         if request.heatmaps is not None and world.rank == 0:
             try:
-                with predictor.open(answer.file.path) as slide:
+                with predictor.open(answer.file) as slide:
                     write_attention(request.heatmaps, name, slide, answer.tiling, answer.weights, model=run.title)
             except (SlideError, OSError) as error:  # it is predicted all the same; only its picture is missing
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
@@ -295,7 +298,7 @@ def name_files(paths: Sequence[Path]) -> list[NamedFile]:
 
 def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
     try:
-        with Slide(file.path, default_mpp_um=spec.default_mpp_um) as slide:
+        with Slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
             return tile_slide(slide, spec)
     except SlideError as error:
         return str(error)

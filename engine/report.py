@@ -142,7 +142,7 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     pictures = {}
     for row, _, _, weights in chosen[:count]:
         try:
-            with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
+            with Slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
         except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
             log.warning("no heatmap: %s", error)

@@ -94,9 +94,11 @@ class Cohort:
             if each is not None:
                 raise UserError(each)
         results = {slide_id: result for theirs, _ in everyones for slide_id, result in theirs.items()}
-        self.tilings |= {
-            row.slide_id: result for row in rows if isinstance(result := results[row.slide_id], Tiling)
-        }  # fmt: skip
+        tilings = {row.slide_id: result for row in rows if isinstance(result := results[row.slide_id], Tiling)}
+        for tiling in tilings.values():
+            for doubt in tiling.doubts:
+                log.warning("%s", doubt)
+        self.tilings |= tilings
         return [result for row in rows if isinstance(result := results[row.slide_id], Fault)]
 
     def check_splits(self) -> None:
@@ -212,6 +214,6 @@ class Cohort:
 def _try_tiling(row: ManifestRow, spec: TileSpec, cache: Path) -> tuple[str, Tiling | Fault]:
     """The slide_id, and the tiling or why there is none."""
     try:
-        return row.slide_id, cached_tiling(row.path, spec, cache)
+        return row.slide_id, cached_tiling(row.path, spec, cache, mpp_um=row.mpp_um)
     except SlideError as error:
         return row.slide_id, fault_of(row.slide_id, error)

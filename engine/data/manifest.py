@@ -1,5 +1,6 @@
 """The manifest: which slides there are, what they are labelled, and how they are split."""
 
+import math
 import re
 import unicodedata
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 from slidescale.engine.config import DataConfig
 from slidescale.engine.data.problems import Problem, describe
+from slidescale.engine.data.resolution import POSSIBLE_UM
 from slidescale.engine.data.same_slide import look_at, same_slides
 from slidescale.engine.data.table import Record, read_table
 from slidescale.engine.data.targets import is_missing, is_unlabelled, near, read_targets
@@ -27,6 +29,7 @@ class ManifestRow:
         target: what a model is to predict of it. classes: (index into the manifest's classes,); multi_label: 1.0, 0.0
             or NaN (missing) for each label; regression: (number,); survival: (time, event), with event 1.0 when it was
             observed, and 0.0 when the patient was last seen without it.
+        mpp_um: level-0 resolution in µm a pixel, in place of what the file states.
     """
 
     slide_id: str
@@ -34,6 +37,7 @@ class ManifestRow:
     path: Path
     target: tuple[float, ...]
     split: Split
+    mpp_um: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ class Manifest:
 
 
 class NamedFile(NamedTuple):
-    """A slide to predict; no label, no split."""
+    """A slide to predict; no label, no split. For `mpp_um` see `ManifestRow`."""
 
     slide_id: str
     path: Path
+    mpp_um: float | None = None
 
 
 class Labels(NamedTuple):
@@ -91,6 +96,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
     records = _with_splits(_read_records(path, columns), config)
     problems = [*_missing_cells(records, full, config), *_repeated_slides(records, config)]
     problems += [*_mixed_cases(records, config), *_bad_splits(records, config)]
+    problems += _bad_resolutions(records, config)
     targets = read_targets(records, config)
     problems += targets.problems
     files = [path.parent / record[config.path_column] for _, record in records]
@@ -104,6 +110,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
                 path=file,
                 target=targets.values[number],
                 split=record[config.split_column],  # type: ignore[arg-type]  # checked by _bad_splits
+                mpp_um=_resolution(record, config),
             )
             for (number, record), file in zip(records, files, strict=True)
         ),
@@ -113,7 +120,7 @@ def read_manifest(path: Path, config: DataConfig) -> Manifest:
 
 
 def read_files(path: Path, config: DataConfig) -> list[NamedFile]:
-    """The slides of a manifest, of which only names and paths are looked at.
+    """The slides of a manifest, of which only names, paths and resolutions are looked at.
 
     Raises:
         ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
@@ -122,8 +129,12 @@ def read_files(path: Path, config: DataConfig) -> list[NamedFile]:
     columns = {config.slide_column: "as in the run's manifest", config.path_column: "as in the run's manifest"}
     records = _read_records(path, columns)
     problems = [*_missing_cells(records, columns, config), *_repeated_slides(records, config)]
+    problems += _bad_resolutions(records, config)
     _refuse(path, problems, len(records))
-    return [NamedFile(row[config.slide_column], path.parent / row[config.path_column]) for _, row in records]
+    return [
+        NamedFile(row[config.slide_column], path.parent / row[config.path_column], _resolution(row, config))
+        for _, row in records
+    ]
 
 
 def read_labels(path: Path, config: DataConfig, names: Sequence[str]) -> Labels | str:
@@ -312,4 +323,25 @@ def _bad_splits(records: list[Record], config: DataConfig) -> list[Problem]:
             problems.append(Problem(number, text, f"an unknown split (use {', '.join(splits)})"))
     if all(cell != "train" for _, cell in cells):
         problems.append(Problem(0, "no row is in split 'train'"))
+    return problems
+
+
+def _resolution(record: Mapping[str, str], config: DataConfig) -> float | None:
+    """What a row says of its slide's resolution: µm a pixel; None where it says nothing, or has no such column."""
+    cell = record.get(config.mpp_column, "")
+    return None if is_missing(cell) else float(cell)
+
+
+def _bad_resolutions(records: list[Record], config: DataConfig) -> list[Problem]:
+    low, high = POSSIBLE_UM
+    problems = []
+    for number, record in records:
+        try:
+            value = _resolution(record, config)
+        except ValueError:
+            value = math.nan
+        if value is not None and not low <= value <= high:
+            cell = record[config.mpp_column]
+            rule = f"must be the slide's µm a pixel, {low:g} to {high:g}, or empty"
+            problems.append(Problem(number, f"{config.mpp_column} {cell!r} {rule}", f"{config.mpp_column} {rule}"))
     return problems
