@@ -16,7 +16,7 @@ from conftest import damage, edit_manifest, read_csv
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
-SMALL += ["--data.classes", "wild_type", "mutant"]
+SMALL += ["--data.classes", "wild_type", "mutant", "--model.no-pretrained"]
 SMALL += ["--data.max-excluded", "0.2", "--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
 # A launcher that has not ended by then hangs.
 PATIENCE_S = 240
