@@ -28,6 +28,8 @@ from slidescale.engine.models.trial import refusal, try_network, turn_off_dropou
 from slidescale.engine.models.weight_file import own_names, read_weight_file
 from slidescale.kernels.dispatch import KernelName
 
+log = logging.getLogger(__name__)
+
 
 class Encoder(nn.Module):
     """A timm model that maps tiles uint8 `[n, H, W, 3]` to features `[n, D]`.
@@ -180,6 +182,8 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
     try:
         if weights:
             return _with_weights(name, weights, build)
+        if published:  # the hub's library tries again for a minute where there is no network
+            log.info("weights: looking for those of %s in this machine's cache, and on the hub", name)
         with _quiet_hub():
             backbone = build(pretrained=published, weights=None)
     except ConfigError:
