@@ -75,8 +75,8 @@ def _read(path: Path) -> Any:
             return load_file(path, device="cpu")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's message begins so where a pickle asks for anything but tensors, and otherwise is the pickle's own.
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+        # torch says so where a pickle asks for a function or class, and of a broken file that an operand is unknown.
+        if any(f"Unsupported {what}" in str(error) for what in ("global", "class")):
             raise ConfigError(
                 f"model.weights: {path} is a pickle of more than tensors, which would run code as it is read: save "
                 "its state dict alone, by torch.save(model.state_dict(), FILE)"
