@@ -32,7 +32,7 @@ def on_meta(name: str, tile_px: int, **settings: Any) -> Encoder:
         (
             "test_vit",
             40,
-            r"test_vit does not take tiles of 40 px \(.*; .*its patches are of 16 px: set --data.tile-px to",
+            r"test_vit does not take tiles of 40 px \(.*; .*its patches are of 16 px: set",
         ),
         ("vit_tiny_patch16_224", 250, r"last 10 pixels of a tile, so it must be a multiple, such as 240 or 256"),
         ("convnext_atto", 250, r"takes patches of 4 px: it would never see the last 2 pixels"),
