@@ -266,7 +266,7 @@ def _make_strategy(
     schedule = make_schedule(config, steps_an_epoch=math.ceil(_slides_an_epoch(config, cohort) / slides_a_step))
     ds_config = None
     if place.ds_content is not None:
-        ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16)
+        ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16, width=model.encoder.dim)
     strategy = make_strategy(
         place.strategy, model, config, schedule, place.mesh, place.device, ds_config=ds_config, bf16=place.bf16
     )

@@ -10,17 +10,18 @@ import io
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.cpp_extension import LIB_EXT, _get_build_directory
 
 from slidescale.engine.errors import UserError
 from slidescale.engine.models.slide_model import SlideModel
@@ -30,6 +31,10 @@ from slidescale.engine.parallel.strategy import GradientNorms, Strategy, check_g
 # DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+log = logging.getLogger(__name__)
 
 # What every rank would say alike, the main one says; and DeepSpeed calls functions that PyTorch has renamed.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING if is_main_rank() else logging.ERROR)
@@ -64,7 +69,8 @@ class ZeroStrategy(Strategy):
         ds_config: dict[str, Any],
     ) -> None:
         self._halves = [_half(model, group["params"]) for group in parameter_groups]  # the engine replaces "params"
-        with contextlib.redirect_stdout(sys.stdout if is_main_rank() else io.StringIO()), _helpful_errors():
+        # DeepSpeed prints that an operator is built, each time that it is loaded.
+        with contextlib.redirect_stdout(io.StringIO()), _helpful_errors(), _announcing_operators():
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
                 model_parameters=parameter_groups,
@@ -87,6 +93,9 @@ class ZeroStrategy(Strategy):
         if self._stage > 0:
             for name in GROUP_NORMS:
                 setattr(engine.optimizer, name, _noting(getattr(engine.optimizer, name), self._group_norms))
+        if self._stage == 3:
+            for half in (model.encoder, model.aggregator):
+                _gather_on_access(half)
 
     @contextmanager
     def accumulate(self, backwards: int) -> Iterator[None]:
@@ -177,6 +186,23 @@ def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
     return halves.pop()
 
 
+def _gather_on_access(half: nn.Module) -> None:
+    """Let ZeRO-3 gather, during a forward of `half`, parameters that are read without calling the module that has them.
+
+    Its hooks gather a module's own parameters when the module is called. BEiT, EVA-02, SwinV2, MaxViT and others read
+    `self.qkv.weight` and never call `self.qkv`. DeepSpeed gathers such a parameter when it is read, and from then on
+    with the module that read it, which also gives it back; but only while its containers of parameters are marked,
+    which its engine's forward does. A step calls the two halves of the model instead, so each marks its own.
+    """
+
+    def mark(on: bool) -> None:
+        for module in half.modules():
+            module._parameters._in_forward = on  # type: ignore[attr-defined]  # DeepSpeed's ZeROOrderedDict
+
+    half.register_forward_pre_hook(lambda *_: mark(True))
+    half.register_forward_hook(lambda *_: mark(False), always_call=True)
+
+
 def _noting(function: Callable[..., Tensor], notes: list[Tensor]) -> Callable[..., Tensor]:
     """`function`, whose results are also noted."""
 
@@ -199,13 +225,39 @@ def _reduce_nothing(optimizer: object) -> None:
 
 @contextmanager
 def _helpful_errors() -> Iterator[None]:
-    """Say what is missing where DeepSpeed says that an operator cannot be built."""
+    """Say what to change in ds.json where DeepSpeed refuses it only now, or cannot build an operator that it needs."""
     try:
         yield
     except RuntimeError as error:
-        if "async_io" not in str(error):
+        if "async_io" in str(error):
+            raise UserError(
+                "ds.json offloads to NVMe, for which DeepSpeed compiles its async_io operator, and it cannot: install "
+                "libaio's headers (Debian and Ubuntu: libaio-dev) and a C++ compiler, or offload to the CPU"
+            ) from error
+        if "Unable to JIT load" not in str(error):
             raise
         raise UserError(
-            "ds.json offloads to NVMe, for which DeepSpeed compiles its async_io operator, and it cannot: install "
-            "libaio's headers (Debian and Ubuntu: libaio-dev) and a C++ compiler, or offload to the CPU"
+            f"DeepSpeed cannot compile an operator that ds.json needs: {_one_line(error)}. It takes a C++ compiler and "
+            'ninja; for an optimizer, "torch_adam": true among its params takes PyTorch\'s in its place'
         ) from error
+    except (ZeRORuntimeException, ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"ds.json: DeepSpeed refuses it: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _announcing_operators() -> Iterator[None]:
+    """Log a line before DeepSpeed compiles an operator that is not yet in its folder (TORCH_EXTENSIONS_DIR)."""
+    original = OpBuilder.jit_load
+
+    def jit_load(self: Any, verbose: bool = True) -> Any:
+        folder = Path(_get_build_directory(self.name, verbose=False))
+        if not (folder / f"{self.name}{LIB_EXT}").exists():
+            log.info("DeepSpeed compiles its %s operator, once: about two minutes, in %s", self.name, folder)
+        return original(self, verbose)
+
+    with mock.patch.object(OpBuilder, "jit_load", jit_load):
+        yield
