@@ -257,7 +257,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd", "apex_adam", "apex_lamb"] = "adamw"
     """Optimizer, where ds.json names none: PyTorch's AdamW or SGD, or FusedAdam or FusedLAMB of NVIDIA's apex."""
     accumulate: int = 1
-    """Slides whose gradients are added up before a step, one after another (times those side by side)."""
+    """Slides whose gradients are averaged in a step, one after another (times those side by side)."""
     lr: float = 1e-4
     """Peak learning rate of the aggregator."""
     encoder_lr_scale: float = 1.0

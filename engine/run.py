@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -195,6 +195,8 @@ def _open_cohort(config: Config, place: Place, manifest: Manifest, folder: Path)
     cohort = Cohort(manifest, place.mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
     cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
     _describe(cohort)
+    if config.model.slide_norm:
+        _warn_of_single_tiles(cohort, data.k)
     return cohort, TileReader(spec, threads=data.readers, pin=place.device.type == "cuda")
 
 
@@ -214,6 +216,18 @@ def _describe(cohort: Cohort) -> None:
                 "%-5s %d slides, %s tissue tiles a slide (median %d)", split, len(rows),
                 f"{tiles[0]} to {tiles[-1]}", tiles[len(tiles) // 2],
             )  # fmt: skip
+
+
+def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
+    """Normalised over its tiles, a slide of one has no features: all such slides get one and the same prediction."""
+    rows = [row for split in ("train", "val", "test") for row in cohort.usable(split)]
+    tiles = {row.slide_id: len(cohort.tilings[row.slide_id].coords) for row in rows}
+    single = [row.slide_id for row in rows if tiles[row.slide_id] == 1 or (k == 1 and row.split == "train")]
+    if single:
+        log.warning(
+            "%d of %d slides have one tile (%s%s), which --model.slide-norm makes zeros: they are all predicted alike",
+            len(single), len(rows), ", ".join(single[:3]), " …" if len(single) > 3 else "",
+        )  # fmt: skip
 
 
 def _encode_cohort(

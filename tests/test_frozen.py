@@ -449,7 +449,8 @@ def test_two_ranks_train_as_one_does(cohort_copy: Path, tmp_path: Path, weights:
     settings = ["recipes/egfr.py", "--data.manifest", str(cohort_copy), "--data.classes", "wild_type", "mutant"]
     settings += ["--data.tile-px", "64", "--data.k", "11", "--data.max-excluded", "0.2", "--run.epochs", "1"]
     settings += ["--run.precision", "fp32", "--run.heatmaps", "0", "--optim.optimizer", "sgd", "--optim.lr", "0.05"]
-    settings += ["--model.encoder", "test_resnet", "--model.weights", str(weights), "--model.frozen"]
+    settings += ["--model.encoder", "test_resnet", "--model.weights", str(weights), "--model.no-pretrained"]
+    settings += ["--model.frozen"]
     settings += ["--model.dropout", "0.1"]
     port = str(free_port())
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]

@@ -17,7 +17,7 @@ from worlds import free_port
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
-SMALL += ["--data.classes", "wild_type", "mutant"]
+SMALL += ["--data.classes", "wild_type", "mutant", "--model.no-pretrained"]
 SMALL += ["--data.max-excluded", "0.2", "--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
 PORT = str(free_port())
 # A launcher that has not ended by then hangs, also on a machine that is busy with other things.

@@ -79,6 +79,13 @@ def test_a_recipe_is_a_page(name: str) -> None:
     assert module.STUDY.run.name != module.DEMO.run.name
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_study_begins_with_published_weights(name: str) -> None:
+    module = load(name)
+    assert module.STUDY.model.pretrained
+    assert module.DEMO.model.pretrained == module.DEMO.model.frozen, "a demo's are random, unless they are all it has"
+
+
 def test_the_eagle_preset_is_as_published() -> None:
     config = load("egfr").EAGLE
     assert find_foundation_model(config.model.encoder)
