@@ -1,5 +1,6 @@
 # The two commands of the README, and those of CONTRIBUTING.md. Everything is installed in .venv.
-#   make egfr [RANKS=2] [ARGS="--run.epochs 3"]     train: the demo cohort, or ARGS="--data.manifest slides.csv"
+#   make egfr [RANKS=2] [ARGS="--run.epochs 3"]     train: the demo cohort, or ARGS="--data.manifest slides.csv";
+#                                                   with RANKS by DeepSpeed, without in one process
 #   make test [ARGS="-k tiling"]                    the tests
 #   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
 #   make lint                                       style and types
@@ -19,7 +20,8 @@ BENCH := $(RUN) python benchmarks
 .PHONY: egfr k-study test test-full lint bench bench-full clean
 
 egfr: $(VENV)/ready
-	$(RUN) deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) recipes/egfr.py --deepspeed_config ds.json $(ARGS)
+	$(RUN) $(if $(RANKS),deepspeed --quiet --num_accelerators $(RANKS),python) recipes/egfr.py \
+		$(if $(RANKS),--deepspeed_config ds.json) $(ARGS)
 
 k-study: $(VENV)/ready-to-study
 	$(RUN) python recipes/k_study.py --page docs/k_study.md $(ARGS)

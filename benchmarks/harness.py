@@ -84,9 +84,6 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            # DeepSpeed's buffers, which a rank that was killed could not remove.
-            for buffer in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
-                buffer.unlink(missing_ok=True)
 
 
 def _end(number: int, _: object) -> None:

@@ -63,7 +63,8 @@ def write_attention(
     save_png(picture, paths[0])
     with replacing(paths[1]) as unfinished:
         write_pyramid(unfinished, slide, tiling, weights)
-    collection = attention_geojson(tiling, weights, source=f"{model} {name}", top=top)
+    origin = (slide.bounds.x, slide.bounds.y)
+    collection = attention_geojson(tiling, weights, source=f"{model} {name}", top=top, origin=origin)
     write_text(paths[2], json.dumps(collection, separators=(",", ":")))
     return paths
 
@@ -109,18 +110,25 @@ def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray)
 
     It shows the PNG's colours alone, white where there is no tile. Each tile is `PX_A_TILE` pixels square, whatever the
     slide's own resolution: with d = `tiling.side_px` / `PX_A_TILE`, its pixel (i, j) covers the slide's level-0 pixels
-    from (i d, j d) to ((i + 1) d, (j + 1) d). So its corner is the slide's corner, and to lay it over the slide is to
-    scale it by d, which is the quotient of the two files' µm a pixel: its resolution tags are d times the slide's. Its
-    last row and column may reach beyond the slide by less than a pixel. Levels halve its size down to one file tile.
+    from (i d, j d) to ((i + 1) d, (j + 1) d), counted from the corner of `slide.bounds`. Where a file states no bounds,
+    that is the slide's corner; where it does, viewers such as QuPath crop the slide to them. So to lay it over the
+    slide as they show it is to scale it by d, which is the quotient of the two files' µm a pixel: its resolution tags
+    are d times the slide's. Its last row and column may reach beyond the slide by less than a pixel, and within bounds
+    tiles lie right to half a pixel, 1/32 of a tile. Levels halve its size down to one file tile.
     """
     downsample = tiling.side_px / PX_A_TILE
     mpp_um = slide.mpp_um * downsample
-    size = (math.ceil(slide.height / downsample), math.ceil(slide.width / downsample))
+    bounds = slide.bounds
+    size = (math.ceil(bounds.height / downsample), math.ceil(bounds.width / downsample))
     level = np.full((*size, 3), 255, np.uint8)
-    corners = PX_A_TILE * tiling.cells
-    for (x, y), colour in zip(corners, np.rint(attention_colours(weights)).astype(np.uint8), strict=True):
-        level[y : y + PX_A_TILE, x : x + PX_A_TILE] = colour
-    about = f"attention; one pixel is {downsample:.6g} level-0 pixels of the slide, from the same corner"
+    corners = PX_A_TILE * tiling.cells - np.rint(np.array([bounds.x, bounds.y]) / downsample).astype(np.int64)
+    begin, end = np.maximum(corners, 0), np.maximum(corners + PX_A_TILE, 0)  # tissue beyond the bounds is not shown
+    for (x0, y0), (x1, y1), colour in zip(
+        begin, end, np.rint(attention_colours(weights)).astype(np.uint8), strict=True
+    ):
+        level[y0:y1, x0:x1] = colour
+    corner = f"the corner of its bounds ({bounds.x}, {bounds.y})" if bounds.x or bounds.y else "the same corner"
+    about = f"attention; one pixel is {downsample:.6g} level-0 pixels of the slide, from {corner}"
     with tifffile.TiffWriter(path) as file:
         for index in range(64):
             file.write(
@@ -133,7 +141,9 @@ def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray)
             level, mpp_um = np.asarray(Image.fromarray(level).reduce(2)), 2 * mpp_um
 
 
-def attention_geojson(tiling: Tiling, weights: np.ndarray, *, source: str, top: float = 1.0) -> dict[str, Any]:
+def attention_geojson(
+    tiling: Tiling, weights: np.ndarray, *, source: str, top: float = 1.0, origin: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
     """Attention as a GeoJSON FeatureCollection that QuPath imports: a square a tile, in level-0 pixels.
 
     As QuPath reads them (its `QuPathTypeAdapters`): the id is a UUID; `objectType` is "detection", which QuPath draws
@@ -146,18 +156,22 @@ def attention_geojson(tiling: Tiling, weights: np.ndarray, *, source: str, top: 
     Args:
         source: the model and slide, in words, which ids are made from.
         top: share of the tiles to have, the most attended, 0 < top ≤ 1; percentiles are among all of them.
+        origin: level-0 (x, y) to count from. QuPath crops a slide to its bounds (unless it is opened with --no-crop),
+            and takes their corner for (0, 0).
     """
     keep = np.sort(np.argsort(-weights, kind="stable")[: math.ceil(top * len(weights))])
-    return {"type": "FeatureCollection", "features": list(_features(tiling, weights, keep, source))}
+    return {"type": "FeatureCollection", "features": list(_features(tiling, weights, keep, source, origin))}
 
 
-def _features(tiling: Tiling, weights: np.ndarray, keep: np.ndarray, source: str) -> Iterator[dict[str, Any]]:
+def _features(
+    tiling: Tiling, weights: np.ndarray, keep: np.ndarray, source: str, origin: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
     folds = weights * len(weights)
     percentiles = 100 * rankdata(weights) / len(weights)  # ties share the mean of their ranks
     cells = tiling.cells
     # Neighbours share their edges, which are rounded as the tiles' corners are.
-    x0, y0 = np.rint(cells * tiling.side_px).astype(np.int64).T.tolist()
-    x1, y1 = np.rint((cells + 1) * tiling.side_px).astype(np.int64).T.tolist()
+    x0, y0 = (np.rint(cells * tiling.side_px).astype(np.int64) - origin).T.tolist()
+    x1, y1 = (np.rint((cells + 1) * tiling.side_px).astype(np.int64) - origin).T.tolist()
     classes = _fold_classes()
     for index in keep.tolist():
         left, top, right, bottom = x0[index], y0[index], x1[index], y1[index]

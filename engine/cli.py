@@ -6,12 +6,11 @@ from typing import Any
 
 import tyro
 
-from slidescale.engine.errors import UserError
 from slidescale.engine.export import ExportRequest, export_encoder
 from slidescale.engine.heatmap import HeatmapRequest, draw_heatmap
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.main import exit_telling
-from slidescale.engine.parallel.mesh import is_main_rank, stop_world
+from slidescale.engine.main import command
+from slidescale.engine.parallel.mesh import is_main_rank
 from slidescale.engine.plan_command import PlanRequest, print_plan
 from slidescale.engine.predict import PredictRequest, predict_slides
 
@@ -29,15 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # DeepSpeed's launcher puts --local_rank=N in front; the same stands in the environment.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
     requests: dict[str, Callable[..., Any]] = {name: request for name, (request, _) in COMMANDS.items()}
-    try:
+    with command():
         request = tyro.extras.subcommand_cli_from_dict(requests, prog="slidescale", args=argv)
         perform = next(perform for kind, perform in COMMANDS.values() if isinstance(request, kind))
         if not isinstance(request, PlanRequest):  # which answers on stdout
             configure_logging(is_main_rank())
         perform(request)
-        stop_world()
-    except UserError as error:
-        exit_telling(error)
 
 
 if __name__ == "__main__":

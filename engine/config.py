@@ -42,6 +42,9 @@ class DataConfig:
     only)."""
     split_column: str = "split"
     """Manifest column with train, val or test."""
+    mpp_column: str = "mpp_um"
+    """Manifest column with a slide's level-0 resolution, in µm a pixel, where the one that its file states is wrong or
+    missing; an empty cell, or no such column, leaves the file's."""
     classes: tuple[str, ...] = ()
     """Labels in the order of the logits, negative class first; empty: the sorted labels of the train split (classes
     only)."""
@@ -54,7 +57,8 @@ class DataConfig:
     mpp_um: float = 0.5
     """Resolution to read tiles at, in µm a pixel."""
     default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file does not state one."""
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file does not state one, or states one that cannot
+    be, such as a picture's 72 dots per inch."""
     tile_px: int = 224
     """Side of a tile, in pixels at `mpp_um`."""
     k: int | Literal["all"] = "all"
@@ -63,7 +67,8 @@ class DataConfig:
     epoch_share: float = 1.0
     """Share of the training slides that an epoch takes, newly drawn each epoch, above 0, at most 1."""
     min_tissue: float = 0.5
-    """Smallest share of a tile's area that must be tissue, above 0, at most 1."""
+    """Smallest share of a tile's area that must be tissue, above 0, at most 1. Tissue is what is coloured as stain is
+    and not dark; coloured pen marks are, too, and are not told apart from it."""
     max_excluded: float = 0.1
     """Largest share of the manifest's slides that may prove unusable before the run stops, 0 to 1."""
     augment_symmetry: bool = False
@@ -252,7 +257,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd", "apex_adam", "apex_lamb"] = "adamw"
     """Optimizer, where ds.json names none: PyTorch's AdamW or SGD, or FusedAdam or FusedLAMB of NVIDIA's apex."""
     accumulate: int = 1
-    """Slides whose gradients are added up before a step, one after another (times those side by side)."""
+    """Slides whose gradients are averaged in a step, one after another (times those side by side)."""
     lr: float = 1e-4
     """Peak learning rate of the aggregator."""
     encoder_lr_scale: float = 1.0
@@ -317,6 +322,9 @@ class RunConfig:
     auto: triton on a GPU that it is made for (NVIDIA's from compute capability 8.0 on, AMD's), torch elsewhere."""
     heatmaps: int = 4
     """Validation slides whose tile attention is drawn each time validation improves."""
+    keep_checkpoints: int = 2
+    """Number of the last checkpoints that are kept, beside the best one. Where the last one turns out damaged,
+    `--resume` goes on from the one before."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -324,6 +332,7 @@ class RunConfig:
         _require(self.epochs >= 1, "run.epochs", self.epochs, "must be at least 1")
         _require(self.seed >= 0, "run.seed", self.seed, "must not be negative")
         _require(self.heatmaps >= 0, "run.heatmaps", self.heatmaps, "must not be negative")
+        _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,5 +17,9 @@ class SlideError(UserError):
     """A slide that cannot be used; the run sets it aside and goes on."""
 
 
+class SlideUnavailableError(SlideError):
+    """A slide that cannot be read now, as while a network file system is away; the run tries it again later."""
+
+
 class TrainingError(UserError):
     """A run that must stop, e.g. because a loss is not finite."""

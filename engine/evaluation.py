@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from slidescale.engine.data.bag import places
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, Fault, fault_of
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
+from slidescale.engine.logger import Meter
 from slidescale.engine.memory.two_pass import Chunks, encode
-from slidescale.engine.metrics import HEADLINES, measure
+from slidescale.engine.metrics import HEADLINES, SHOWN, measure
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective
 from slidescale.engine.parallel.mesh import Mesh
@@ -25,12 +26,9 @@ from slidescale.engine.parallel.mesh import Mesh
 # Chunks that are read while one is encoded.
 CHUNKS_AHEAD = 4
 
-# How the terminal writes metrics' names.
-SHOWN = {"auroc": "AUROC", "r2": "R²"}
-
 
 class SlideFile(Protocol):
-    """What predicting a slide takes, beside its tiling: its name, and where it is."""
+    """What predicting a slide takes, beside its tiling: its name, where it is, and its scale."""
 
     @property
     def slide_id(self) -> str:
@@ -39,6 +37,10 @@ class SlideFile(Protocol):
     @property
     def path(self) -> Path:
         """Of the file."""
+
+    @property
+    def mpp_um(self) -> float | None:
+        """Level-0 resolution in place of what the file states."""
 
 
 File = TypeVar("File", bound=SlideFile)
@@ -52,15 +54,15 @@ class Output(Generic[File]):
         row: the slide.
         logits: `[classes]`, equal on every rank of the tile group.
         weights: `[N]`, of each of the slide's tiles, on the CPU.
-        fault: (slide_id, reason), where this rank could not read its tiles; logits and weights of the slide mean
-            nothing then, on any rank, and it is for the caller to tell the others.
+        fault: where this rank could not read its tiles; logits and weights of the slide mean nothing then, on any
+            rank, and it is for the caller to tell the others.
         speaks: whether this rank is the one to pass the results on.
     """
 
     row: File
     logits: Tensor
     weights: np.ndarray
-    fault: tuple[str, str] | None
+    fault: Fault | None
     speaks: bool
 
 
@@ -124,17 +126,19 @@ def evaluate(
     mesh: Mesh,
     chunk: int,
     device: torch.device,
+    what: str = "validating",
 ) -> Evaluation:
     """Predict slides, each tile group its own; a slide that cannot be read is set aside, on every rank.
 
     Args:
         chunk: tiles that a rank encodes at once.
+        what: is being done, for the log.
 
     Raises:
         TrainingError: a loss is not finite; names the slide.
     """
     predictions: dict[str, Prediction] = {}
-    for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device):
+    for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device, what):
         cohort.exclude_faults(output.fault)
         row, logits = output.row, output.logits
         with torch.no_grad():
@@ -161,32 +165,42 @@ def run_model(
     mesh: Mesh,
     chunk: int,
     device: torch.device,
+    what: str,
 ) -> Iterator[Output[File]]:
     """Encode and aggregate whole slides, each tile group its own; every rank takes every output.
 
     Args:
         tilings: of every row, by its slide_id.
         chunk: tiles that a rank encodes at once.
+        what: is being done, for the log.
     """
     model.eval()
     rounds = [_Round(rows[at : at + mesh.slides], tilings, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
     readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
-    for each in rounds:
-        features, fault = [], None
-        for _ in range(each.count):
-            reading = next(readings)
-            try:
-                tiles = reading.wait()
-            except SlideError as error:
-                # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
-                tiles, fault = torch.zeros_like(reading.tiles), (each.row.slide_id, str(error))
-            chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
-            features.append(encode(model, chunks).features)
-        with torch.no_grad():
-            logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
-        # Of a tile group, the first rank speaks; where there are fewer slides than tile groups, the others are silent.
-        speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
-        yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+    meter, done = Meter(what, sum(each.tiles for each in rounds), "tile", main=mesh.world.rank == 0), 0
+    try:
+        for each in rounds:
+            features: list[Tensor] = []
+            fault: Fault | None = None
+            for index in range(each.count):
+                reading = next(readings)
+                try:
+                    tiles = reading.wait()
+                except SlideError as error:
+                    # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
+                    tiles, fault = torch.zeros_like(reading.tiles), fault_of(each.row.slide_id, error)
+                chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
+                features.append(encode(model, chunks).features)
+                # All ranks are about as far as this one.
+                meter.reach(done + each.tiles * (index + 1) // each.count)
+            done += each.tiles
+            with torch.no_grad():
+                logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
+            # The first rank of a tile group speaks; where there are fewer slides than groups, the others are silent.
+            speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
+            yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+    finally:
+        meter.close()
 
 
 class _Round(Generic[File]):
@@ -195,6 +209,7 @@ class _Round(Generic[File]):
     def __init__(self, rows: Sequence[File], tilings: dict[str, Tiling], mesh: Mesh, chunk: int) -> None:
         self.rows = rows
         self.row = rows[mesh.slide] if mesh.slide < len(rows) else rows[0]
+        self.tiles = sum(len(tilings[row.slide_id].coords) for row in rows)
         # Every rank of the world makes as many encoder calls as the fullest one.
         self.count = max(mesh.tiles.chunk_count(len(tilings[row.slide_id].coords), chunk) for row in rows)
         tiling = tilings[self.row.slide_id]
@@ -205,7 +220,8 @@ class _Round(Generic[File]):
     def requests(self) -> Iterator[TileRequest]:
         """This rank's tiles, a chunk at a time; empty requests where other ranks have more."""
         for index in range(self.count):
-            yield TileRequest(self.row.path, self._mine[index * self._chunk : (index + 1) * self._chunk])
+            part = slice(index * self._chunk, (index + 1) * self._chunk)
+            yield TileRequest(self.row.path, self._mine[part], self.row.mpp_um)
 
 
 def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:

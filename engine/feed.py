@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slidescale.engine.config import Config
 from slidescale.engine.data.bag import Bag, bag_size, draw_bag, epoch_order
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, fault_of
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import Reading, TileReader, TileRequest
 from slidescale.engine.errors import SlideError
@@ -79,7 +79,9 @@ class Feed:
         seed, usable = self._config.run.seed, self._cohort.usable("train")
         rows = epoch_order(usable, seed=seed, epoch=epoch, share=data.epoch_share)
         own, to_read = tee(self._draw(row, epoch) for row in rows[self._mesh.slide :: slides])
-        requests = (TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)]) for bag in to_read)
+        requests = (
+            TileRequest(bag.row.path, bag.coords[self._mesh.tiles.share(bag.k)], bag.row.mpp_um) for bag in to_read
+        )
         readings = self._reader.ahead(requests, data.prefetch)
         size = slides * self._config.optim.accumulate
         for begin in range(0, len(rows), size):
@@ -122,7 +124,7 @@ class Feed:
             try:
                 tiles = next(readings).wait()
             except SlideError as error:
-                fault = (bag.row.slide_id, str(error))
+                fault = fault_of(bag.row.slide_id, error)
             step.waited_s += time.perf_counter() - begin
         self._cohort.exclude_faults(fault)
         if bag is None or tiles is None or bag.row.slide_id in self._cohort.excluded:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, Fault, fault_of
 from slidescale.engine.data.features import FeatureStore
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
@@ -53,7 +53,7 @@ def encode_cohort(
 
     Ranks encode whole slides, each the largest that none has begun, so that all end at about the same time, and none
     waits in a collective, which has a time limit, before all have ended. A slide that cannot be read is set aside, on
-    every rank.
+    every rank; one that could not be read just now, until the run is resumed.
 
     Args:
         chunk: tiles that go through the encoder at once.
@@ -73,7 +73,7 @@ def encode_cohort(
     begin = time.perf_counter()
     begun, encoded, ended = (SharedCount(mesh.world) for _ in range(3))
     meter = Meter("encoding", sum(tiles.values()), "tile", main=mesh.world.rank == 0)
-    faults: dict[str, str] = {}
+    faults: dict[str, Fault] = {}
     trouble = None
     model.eval()
     try:
@@ -85,9 +85,9 @@ def encode_cohort(
                 for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
                     parts.append(part)
                     meter.reach(encoded.add(len(part)))
-                store.save(row.path, tiling, torch.cat(parts))
+                store.save(row.path, tiling, torch.cat(parts), row.mpp_um)
             except SlideError as error:
-                faults[slide_id] = str(error)
+                faults[slide_id] = fault_of(slide_id, error)
                 encoded.add(tiles[slide_id] - sum(map(len, parts)))
             except OSError as error:  # a full disk, say; the other ranks begin no more, and hear of it below
                 trouble = f"cannot write features to {store.folder}: {error}"
@@ -102,9 +102,9 @@ def encode_cohort(
     for _, each in everyones:
         if each is not None:
             raise UserError(each)
-    found = {slide_id: reason for theirs, _ in everyones for slide_id, reason in theirs.items()}
-    for slide_id in (slide_id for slide_id in missing if slide_id in found):  # in the manifest's order
-        cohort.exclude(slide_id, found[slide_id])
+    found = {slide_id: fault for theirs, _ in everyones for slide_id, fault in theirs.items()}
+    cohort.exclude(*(found[slide_id] for slide_id in missing if slide_id in found))  # in the manifest's order
+    cohort.hold()
     cohort.check_splits()
     if missing:
         seconds = time.perf_counter() - begin
@@ -125,7 +125,7 @@ def encode_slide(
         SlideError: the slide cannot be read.
     """
     coords = tiling.coords
-    requests = (TileRequest(row.path, coords[at : at + chunk]) for at in range(0, len(coords), chunk))
+    requests = (TileRequest(row.path, coords[at : at + chunk], row.mpp_um) for at in range(0, len(coords), chunk))
     for reading in reader.ahead(requests, CHUNKS_AHEAD):
         tiles = reading.wait().to(device, non_blocking=True)
         with torch.no_grad():
@@ -133,20 +133,28 @@ def encode_slide(
 
 
 def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) -> list[str]:
-    """The slides without features; one that is no longer there counts, and is told of when it is to be read."""
+    """The slides without features; one that is no longer there counts, and is told of when it is to be read.
+
+    Raises:
+        UserError: damaged features cannot be deleted.
+    """
     missing = []
     for slide_id, row in rows.items():
         try:
-            if store.has(row.path, cohort.tilings[slide_id]):
+            if store.has(row.path, cohort.tilings[slide_id], row.mpp_um):
                 continue
         except SlideError:
             pass
+        except OSError as error:
+            raise UserError(f"cannot write features to {store.folder}: {error}") from None
         missing.append(slide_id)
     return missing
 
 
 def _is_there(row: ManifestRow, store: FeatureStore) -> bool:
     try:
-        return store.file(row.path).exists()
-    except SlideError:
+        return store.file(row.path, row.mpp_um).exists()
+    except SlideError:  # it was, when its tiles were read; now its reader will say why it is not
+        return True
+    except OSError:
         return False

@@ -1,6 +1,7 @@
 """`slidescale heatmap`: where a trained run looks on a slide."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class HeatmapRequest(ComputeSettings):
     """Folder of the run, such as runs/egfr."""
     slide: Path
     """Slide file."""
+    mpp_um: float | None = None
+    """Level-0 resolution of the slide, in µm a pixel, where the one that its file states is wrong."""
     out: Path = Path("heatmaps")
     """Folder to write <slide>_attention.png, .tif and .geojson to."""
     max_px: int = MAX_PX
@@ -38,6 +41,8 @@ class HeatmapRequest(ComputeSettings):
         super().__post_init__()
         if self.max_px < 64:
             raise ConfigError(f"--max-px is {self.max_px}: must be at least 64 pixels")
+        if self.mpp_um is not None and not 0 < self.mpp_um < math.inf:
+            raise ConfigError(f"--mpp-um is {self.mpp_um}: must be a positive number of µm a pixel")
         if not 0 < self.top <= 1:
             raise ConfigError(f"--top is {self.top:g}: must be a share above 0, at most 1")
 
@@ -49,12 +54,12 @@ def draw_heatmap(request: HeatmapRequest) -> None:
         UserError: the run or the slide cannot be used, or the files cannot be written.
     """
     predictor = start_predictor(request.run, request)
-    (answer,) = predictor.predict([NamedFile(request.slide.stem, request.slide)])
+    (answer,) = predictor.predict([NamedFile(request.slide.stem, request.slide, request.mpp_um)])
     if isinstance(answer, Failure):
         raise SlideError(answer.reason)
     if predictor.mesh.world.rank == 0:
         try:
-            with predictor.open(request.slide) as slide:
+            with predictor.open(answer.file) as slide:
                 paths = write_attention(
                     request.out, answer.file.slide_id, slide, answer.tiling, answer.weights, model=predictor.run.title,
                     max_px=request.max_px, top=request.top,

@@ -1,7 +1,7 @@
 """history.csv of a run: what each epoch came to, a row an epoch."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slidescale.engine.files import write_csv
@@ -18,6 +18,8 @@ class EpochTotals:
         slides, tiles: that were trained on.
         seconds: that the steps took.
         waiting: of these, for tiles to be read.
+        last_scalars: what was logged of the last step, by name. A resume that reports the epoch again logs it again:
+            TensorBoard can drop what was logged from a step on, and the epoch's own scalars stand at its last step.
     """
 
     losses: list[float]
@@ -25,6 +27,7 @@ class EpochTotals:
     tiles: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
+    last_scalars: dict[str, float] = field(default_factory=dict)
 
 
 def add_epoch(folder: Path, epoch: int, values: dict[str, float | None]) -> None:

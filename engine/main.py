@@ -1,10 +1,12 @@
-"""A recipe's command line."""
+"""A recipe's command line, and what all commands have in common."""
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import tyro
@@ -13,10 +15,10 @@ from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.logger import configure_logging
 from slidescale.engine.parallel.mesh import is_main_rank, stop_world
-from slidescale.engine.run import run
+from slidescale.engine.plain_text import accept_any_encoding
+from slidescale.engine.stopping import LAUNCHER_S, listening
 
-# The launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike.
-GRACE_S = 10.0
+HELP = {"--help", "-h"}
 
 
 def main(
@@ -38,28 +40,70 @@ def main(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     configure_logging(is_main_rank())
-    try:
+    with command():
         base, argv = _choose_settings(argv, default, demo, presets or {})
         if presets:
             description += f"\n\n--preset NAME starts from other settings: {', '.join(presets)}."
+        description += demo_defaults(base.flat(), demo.flat())
         config = tyro.cli(Config, default=base, args=argv, description=description)
         run(config)
-        stop_world()
-    except UserError as error:
-        exit_telling(error)
 
 
-def has_manifest(argv: Sequence[str]) -> bool:
-    """Whether a command line names the user's own slides."""
-    return any(word.split("=")[0] == "--data.manifest" for word in argv)
+def run(config: Config) -> Path:
+    """Train as a config says; see `run.run`, which takes seconds to import, and which --help does not need."""
+    from slidescale.engine.run import run as train
+
+    return train(config)
 
 
-def exit_telling(error: UserError) -> NoReturn:
+@contextmanager
+def command() -> Iterator[None]:
+    """Around all that a command does: its errors and its end before time are one line, told once over all ranks."""
+    accept_any_encoding()
+    with listening():
+        try:
+            yield
+            stop_world()
+        except UserError as error:
+            _exit_telling(error)
+
+
+def is_study(argv: Sequence[str]) -> bool:
+    """Whether a command line is about the user's own slides: it names them, or asks for help."""
+    return any(word.split("=")[0] == "--data.manifest" or word in HELP for word in argv)
+
+
+def demo_defaults(shown: Mapping[str, object], demo: Mapping[str, object]) -> str:
+    """A paragraph for --help, which shows the defaults that a manifest's slides are trained with.
+
+    Args:
+        shown: those defaults, by dotted name.
+        demo: the settings that take their place when there is no manifest.
+    """
+    values = [_as_typed(name, value) for name, value in demo.items() if value != shown[name]]
+    if not values:
+        return ""
+    return (
+        "\n\nThe defaults below are those for your own slides (--data.manifest). Without a manifest, the demo cohort "
+        f"has these instead: {', '.join(values)}."
+    )
+
+
+def _as_typed(name: str, value: object) -> str:
+    """A setting in the words of a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        section, _, last = flag.rpartition(".")
+        return flag if value else f"{section}.no-{last}"
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+
+
+def _exit_telling(error: UserError) -> NoReturn:
     """End this process with an error of the input, which is told once over all ranks."""
     # What all ranks find alike, the main one tells at once, and the launcher then ends the others. A rank that is
     # still there after that has found it alone: a full disk, a machine without the manifest.
     if not is_main_rank():
-        time.sleep(GRACE_S + int(os.environ.get("LOCAL_RANK", 0)))
+        time.sleep(LAUNCHER_S + int(os.environ.get("LOCAL_RANK", 0)))
     sys.exit(f"error: {error}")
 
 
@@ -71,7 +115,7 @@ def _choose_settings(
     Raises:
         ConfigError: no such preset, or no manifest for it.
     """
-    is_study = has_manifest(argv)
+    on_own_slides = is_study(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     try:
@@ -79,10 +123,10 @@ def _choose_settings(
     except argparse.ArgumentError:
         raise ConfigError(f"--preset: name one of {', '.join(presets) or 'none, for this recipe has none'}") from None
     if given.preset is None:
-        return default if is_study else demo, rest
+        return default if on_own_slides else demo, rest
     if given.preset not in presets:
         known = f"presets are: {', '.join(presets)}" if presets else "this recipe has no presets"
         raise ConfigError(f"--preset {given.preset}: {known}")
-    if not is_study and not {"--help", "-h"} & set(rest):
+    if not on_own_slides:
         raise ConfigError(f"--preset {given.preset} is for a study's slides: give --data.manifest slides.csv")
     return presets[given.preset], rest

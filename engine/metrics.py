@@ -18,6 +18,9 @@ HEADLINES: dict[SupervisionName, str] = {
     "classes": "auroc", "multi_label": "auroc", "regression": "r2", "survival": "concordance",
 }  # fmt: skip
 
+# How people write the names of metrics.
+SHOWN = {"auroc": "AUROC", "r2": "R²"}
+
 # Bins of the expected calibration error, as in Guo et al. 2017.
 CALIBRATION_BINS = 15
 

@@ -33,8 +33,9 @@ def parameter_groups(model: SlideModel, config: OptimConfig) -> list[dict[str, A
 
     The aggregator's come first, at `optim.lr`; the encoder's follow at `optim.encoder_lr_scale` times that. With
     `optim.layer_decay` below 1 each of the encoder's layers, as timm numbers them, has groups of its own: the last
-    layer at the encoder's rate, the one before at `layer_decay` times it, and so on down to the patch embedding
-    (Clark et al. 2020, arXiv:2003.10555; for vision transformers Bao et al. 2022, arXiv:2106.08254).
+    layer that holds a matrix, and a normalisation after it, at the encoder's rate, the layer before at `layer_decay`
+    times it, and so on down to the patch embedding (Clark et al. 2020, arXiv:2003.10555; for vision transformers Bao et
+    al. 2022, arXiv:2106.08254).
 
     Matrices decay. Vectors (biases, normalisation layers) do not, nor does what the timm model exempts, such as
     position embeddings.
@@ -93,8 +94,14 @@ def _encoder_layers(
         )
     parameters = dict(backbone.named_parameters())
     assert sum(map(len, layers.values())) == len(parameters), "each parameter is in one layer"
+    # In some networks timm numbers the normalisation after the last block (`head.norm`, `fc_norm`) as a layer of its
+    # own; the block would be a step slower there than in others.
+    last = max(
+        (layer for layer, names in layers.items() if any(parameters[name].ndim > 1 for name in names)),
+        default=max(layers),
+    )
     for layer, names in sorted(layers.items()):
-        rate = lr * config.layer_decay ** (max(layers) - layer)
+        rate = lr * config.layer_decay ** max(0, last - layer)
         yield f"encoder.layer{layer}", rate, [(name, parameters[name]) for name in names]
 
 

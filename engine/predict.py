@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from slidescale.engine import stopping
 from slidescale.engine.attention_map import write_attention
 from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
@@ -22,6 +23,7 @@ from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation import run_model
 from slidescale.engine.files import write_csv
+from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -46,7 +48,8 @@ class ComputeSettings:
     readers: int = 2
     """Threads a rank that read tiles."""
     default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none; by default as in the run."""
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none, or one that cannot
+    be; by default as in the run."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -71,8 +74,9 @@ class PredictRequest(ComputeSettings):
     slides: tuple[Path, ...] = ()
     """Slide files; a slide's name is its file's, without the ending."""
     manifest: Path | None = None
-    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder. With
-    the run's label columns too, and case_id for intervals over patients, there are metrics and figures beside --out."""
+    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder, and
+    mpp_um where a file states no resolution or a wrong one. With the run's label columns too, and case_id for intervals
+    over patients, there are metrics and figures of the slides that have a label, beside --out."""
     out: Path = Path("predictions.csv")
     """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
     two, or of each of more), k (tiles used)."""
@@ -128,16 +132,20 @@ class Predictor:
         for file, found in zip(files, self._tile(files), strict=True):
             if isinstance(found, Tiling):
                 tilings[file.slide_id] = found
+                for doubt in found.doubts:
+                    log.warning("%s", doubt)
             else:
                 yield Failure(file, found)
         reader = TileReader(self.spec, threads=self._readers, pin=self._device.type == "cuda")
         try:
             rows = [file for file in files if file.slide_id in tilings]
-            for output in run_model(self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device):
+            for output in run_model(
+                self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device, "predicting"
+            ):
                 faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
                 answer = self.run.objective.predict(output.logits).cpu().numpy()
                 if faults:
-                    yield Failure(output.row, faults[0][1])
+                    yield Failure(output.row, faults[0].reason)
                 elif not np.isfinite(answer).all():
                     yield Failure(output.row, f"the model's answer is not finite: {answer}")
                 else:
@@ -145,15 +153,17 @@ class Predictor:
         finally:
             reader.close()
 
-    def open(self, path: Path) -> Slide:
+    def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
-        return Slide(path, default_mpp_um=self.spec.default_mpp_um)
+        return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
         """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
         world = self.mesh.world
+        meter = Meter("finding tissue", len(files), "slide", main=world.rank == 0)
         with ThreadPoolExecutor(self._readers) as pool:
-            mine = list(pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size]))
+            found = pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size])
+            mine = list(meter.count(found, world.size))
         parts = world.gather_objects(mine)
         return [parts[index % world.size][index // world.size] for index in range(len(files))]
 
@@ -199,7 +209,9 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
     if isinstance(labels, str):
         log.warning("predictions without metrics: %s", labels)
-    elif labels is not None and labels.seen:
+    elif labels is not None and labels.without:
+        log.warning("metrics without the slides that are not labelled: %s", labels.without)
+    if isinstance(labels, Labels) and labels.seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
     header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
@@ -210,28 +222,31 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
     _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
-    for answer in predictor.predict(files):
+    stopping.note(f"before the first of {len(files)} slides", "give the same command again")
+    for number, answer in enumerate(predictor.predict(files), start=1):
+        stopping.note(f"after {number} of {len(files)} slides", f"{request.out} has those that were predicted")
         if isinstance(answer, Failure):
             failures.append(answer)
             log.warning("%s: %s", answer.file.slide_id, answer.reason)
             continue
         name = answer.file.slide_id
         shown = output_cells(supervision, run.classes, answer.output)
-        rows[name], outputs[name] = (*answer.file, *shown, len(answer.weights)), answer.output
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
         log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
         if request.heatmaps is not None and world.rank == 0:
             try:
-                with predictor.open(answer.file.path) as slide:
+                with predictor.open(answer.file) as slide:
                     write_attention(request.heatmaps, name, slide, answer.tiling, answer.weights, model=run.title)
             except (SlideError, OSError) as error:  # it is predicted all the same; only its picture is missing
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
                 log.warning("%s: no heatmap: %s", name, error)
     log.info("%d predictions in %s", len(outputs), request.out)
-    if isinstance(labels, Labels) and outputs:
+    judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
+    if isinstance(labels, Labels) and judgeable:
         judged = Judged(
-            supervision, np.array([labels.targets[name] for name in outputs]), np.stack(list(outputs.values())),
-            [labels.cases[name] for name in outputs], run.classes,
+            supervision, np.array([labels.targets[name] for name in judgeable]),
+            np.stack([outputs[name] for name in judgeable]), [labels.cases[name] for name in judgeable], run.classes,
         )  # fmt: skip
         _write(request.out, partial(_write_metrics, request.out, judged, labels.seen), world)
     failures = world.gather_objects(failures)[0]
@@ -283,7 +298,7 @@ def name_files(paths: Sequence[Path]) -> list[NamedFile]:
 
 def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
     try:
-        with Slide(file.path, default_mpp_um=spec.default_mpp_um) as slide:
+        with Slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
             return tile_slide(slide, spec)
     except SlideError as error:
         return str(error)

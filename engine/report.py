@@ -18,7 +18,7 @@ from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
 from slidescale.engine.figures import draw
-from slidescale.engine.files import save_png, write_csv, write_json
+from slidescale.engine.files import file_name, save_png, write_csv, write_json
 from slidescale.engine.intervals import Report, report
 from slidescale.engine.objective import SupervisionName
 
@@ -131,7 +131,10 @@ def _target_cells(supervision: SupervisionName, names: Sequence[str], target: tu
 
 
 def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *, count: int) -> dict[str, np.ndarray]:
-    """Attention over a few slides: uint8 pictures by "<slide id>_<label>", classes in turn, or else by "<slide id>"."""
+    """Attention over a few slides: uint8 pictures by file name, of "<slide id>_<label>", or of the slide's id alone.
+
+    Of classes, slides are taken in turn.
+    """
     manifest, chosen = cohort.manifest, evaluation.predictions
     if manifest.supervision == "classes":
         by_class = [[p for p in chosen if p.row.target == (index,)] for index in range(len(manifest.classes))]
@@ -139,15 +142,18 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     pictures = {}
     for row, _, _, weights in chosen[:count]:
         try:
-            with Slide(row.path, default_mpp_um=config.default_mpp_um) as slide:
+            with Slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
         except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
             log.warning("no heatmap: %s", error)
             continue
         name = row.slide_id
         if manifest.supervision == "classes":
-            name += f"_{manifest.classes[int(row.target[0])]}"
-        pictures[name] = picture
+            label = manifest.classes[int(row.target[0])]
+            name = f"{row.slide_id}_{label}"
+            if file_name(name) in pictures:  # "a_b" of c, and "a" of b_c
+                name = f"{row.slide_id}/{label}"
+        pictures[file_name(name)] = picture
     return pictures
 
 

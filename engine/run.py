@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from slidescale.engine.checkpoint import Checkpoints, Progress
+from slidescale.engine.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
-from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.cohort import Cohort, Fault
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
@@ -27,6 +27,7 @@ from slidescale.engine.logger import RunLog
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.run_plan import make_offload, plan_encoding, plan_run
 from slidescale.engine.memory.usage import GIB, reset_peak
+from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.models.make import describe_encoder, make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import Objective, fit_objective, make_objective
@@ -42,8 +43,10 @@ from slidescale.engine.run_folder import (
     read_record,
     record_run,
 )
+from slidescale.engine.run_slides import check_same_slides, record_slides
 from slidescale.engine.schedule import make_schedule
 from slidescale.engine.step import TrainStep
+from slidescale.engine.stopping import AGAIN, RESUME, note
 from slidescale.engine.trainer import Trainer, best_names
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ def run(config: Config) -> Path:
     Raises:
         UserError: something about the input or the settings; no work is lost.
     """
+    note("before the first epoch", RESUME if config.resume else AGAIN)
     check_launcher()
     place = choose_place(config)
     reset_peak(place.device)  # an earlier run's, of the same process
@@ -72,7 +76,7 @@ def run(config: Config) -> Path:
     model = make(config).to(place.device)
     describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
-    folder = _find_or_open_run_folder(config, manifest.classes, frozen_encoder, place.mesh)
+    folder = _find_or_open_run_folder(config, manifest, frozen_encoder, place.mesh)
     if config.resume:
         objective = _resumed_objective(folder, place.mesh) or objective
     log.info(
@@ -86,12 +90,13 @@ def run(config: Config) -> Path:
         reset_peak(place.device)  # training's own counts from here
     strategy, ds_config = _make_strategy(config, place, model, cohort)
     plan = _plan(config, place, make, strategy, ds_config, cohort)
-    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world)
+    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
     progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
     if config.resume:
         progress = _resume(checkpoints, strategy, cohort, progress.slides_a_step)
     if place.mesh.world.rank == 0:
         record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
+        record_slides(folder, manifest)
     _train(config, place, cohort, reader, strategy, objective.to(place.device), plan, checkpoints, progress, folder)
     log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
@@ -163,7 +168,7 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     return read_manifest(folder / "manifest.csv", data)
 
 
-def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_encoder: str | None, mesh: Mesh) -> Path:
+def _find_or_open_run_folder(config: Config, manifest: Manifest, frozen_encoder: str | None, mesh: Mesh) -> Path:
     """The run's folder, the same on every rank: the main one looks, and makes it."""
 
     def find_or_open() -> Path:
@@ -174,7 +179,8 @@ def _find_or_open_run_folder(config: Config, classes: tuple[str, ...], frozen_en
                 raise UserError(f"cannot make the run's folder: {error}") from None
         folder = find_run_folder(config.run.out, config.run.name)
         check_same_settings(folder, config)
-        check_same_subject(folder, classes, frozen_encoder)
+        check_same_subject(folder, manifest.classes, frozen_encoder)
+        check_same_slides(folder, manifest)
         return folder
 
     return mesh.world.ask_main(find_or_open)
@@ -189,6 +195,8 @@ def _open_cohort(config: Config, place: Place, manifest: Manifest, folder: Path)
     cohort = Cohort(manifest, place.mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
     cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
     _describe(cohort)
+    if config.model.slide_norm:
+        _warn_of_single_tiles(cohort, data.k)
     return cohort, TileReader(spec, threads=data.readers, pin=place.device.type == "cuda")
 
 
@@ -208,6 +216,18 @@ def _describe(cohort: Cohort) -> None:
                 "%-5s %d slides, %s tissue tiles a slide (median %d)", split, len(rows),
                 f"{tiles[0]} to {tiles[-1]}", tiles[len(tiles) // 2],
             )  # fmt: skip
+
+
+def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
+    """Normalised over its tiles, a slide of one has no features: all such slides get one and the same prediction."""
+    rows = [row for split in ("train", "val", "test") for row in cohort.usable(split)]
+    tiles = {row.slide_id: len(cohort.tilings[row.slide_id].coords) for row in rows}
+    single = [row.slide_id for row in rows if tiles[row.slide_id] == 1 or (k == 1 and row.split == "train")]
+    if single:
+        log.warning(
+            "%d of %d slides have one tile (%s%s), which --model.slide-norm makes zeros: they are all predicted alike",
+            len(single), len(rows), ", ".join(single[:3]), " …" if len(single) > 3 else "",
+        )  # fmt: skip
 
 
 def _encode_cohort(
@@ -241,7 +261,7 @@ def _slides_a_step(config: Config, mesh: Mesh) -> int:
 
 
 def _slides_an_epoch(config: Config, cohort: Cohort) -> int:
-    return epoch_size(len(cohort.usable("train")), config.data.epoch_share)
+    return epoch_size(len(cohort.expected("train")), config.data.epoch_share)
 
 
 def _make_strategy(
@@ -252,7 +272,7 @@ def _make_strategy(
     schedule = make_schedule(config, steps_an_epoch=math.ceil(_slides_an_epoch(config, cohort) / slides_a_step))
     ds_config = None
     if place.ds_content is not None:
-        ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16)
+        ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16, width=model.encoder.dim)
     strategy = make_strategy(
         place.strategy, model, config, schedule, place.mesh, place.device, ds_config=ds_config, bf16=place.bf16
     )
@@ -297,10 +317,10 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
             "(tile groups side by side × --optim.accumulate): choose ranks, --parallel.tile-ranks and "
             "--optim.accumulate so that it is the same"
         )
-    for slide_id, reason in progress.excluded.items():
-        if slide_id in cohort.tilings and slide_id not in cohort.excluded:
-            cohort.exclude(slide_id, reason)
-    log.info("resumed after epoch %d (step %d)", progress.epoch, progress.step)
+    known = {row.slide_id for row in cohort.manifest.rows}
+    cohort.exclude(*(Fault(*item) for item in progress.excluded.items() if item[0] in known))
+    folder = checkpoints.folder / epoch_name(progress.epoch)
+    log.info("resumed after epoch %d (step %d), from %s", progress.epoch, progress.step, folder)
     return progress
 
 
@@ -323,11 +343,12 @@ def _train(
     slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
     run_log = RunLog(
         folder, main=place.mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
-        step=progress.step,
+        step=progress.step, again=progress.unreported is not None and bool(progress.unreported.last_scalars),
     )  # fmt: skip
     run_log.hyperparameters(
-        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision)
-    )
+        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision),
+        HEADLINES[config.data.supervision],
+    )  # fmt: skip
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
         run_log.finished()

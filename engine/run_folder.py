@@ -10,6 +10,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from slidescale.engine.checkpoint import has_checkpoint
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
 from slidescale.engine.errors import UserError
 from slidescale.engine.files import write_json
@@ -18,6 +19,7 @@ from slidescale.engine.objective import Objective
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
 MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps", "optim.accumulate"}
+MAY_CHANGE |= {"run.keep_checkpoints"}
 MAY_CHANGE |= {"run.kernels"}  # whose kinds are equal
 # Of optim.accumulate and parallel.tile_ranks, the checkpoint knows what matters: the slides of a step.
 MAY_CHANGE |= {f"memory.{field.name}" for field in fields(MemoryConfig)}
@@ -43,7 +45,7 @@ def find_run_folder(out: Path, name: str) -> Path:
     """
     runs = list(takewhile(Path.exists, _numbered(out, name)))
     for folder in reversed(runs):
-        if (folder / "checkpoints" / "last").exists():
+        if has_checkpoint(folder / "checkpoints"):
             return folder
     raise UserError(f"--resume: there is no run {out / name} with a checkpoint")
 
@@ -77,7 +79,7 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
         UserError: says which of them differs.
     """
     record = read_record(folder)
-    if (before := tuple(record["classes"])) != classes:
+    if (before := record["classes"]) != classes:
         raise UserError(
             f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
         )
@@ -89,8 +91,22 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `record_run` wrote."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """What `record_run` wrote.
+
+    Raises:
+        UserError: config.json is missing or damaged.
+    """
+    path = folder / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["config"], dict):
+            raise TypeError("its settings are not a table")
+        record["classes"] = tuple(record["classes"])
+        return record
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
 
 def _numbered(out: Path, name: str) -> Iterator[Path]:

@@ -13,10 +13,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,17 +26,17 @@ from torch.utils.tensorboard import SummaryWriter
 from slidescale.engine.checkpoint import is_reported
 from slidescale.engine.config import Config, MemoryConfig
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.evaluation import SHOWN
 from slidescale.engine.files import replacing, save_png, write_csv, write_text
 from slidescale.engine.history import read_history
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.main import exit_telling, has_manifest
+from slidescale.engine.main import command, demo_defaults, is_study
 from slidescale.engine.markdown import table
-from slidescale.engine.metrics import HEADLINES
-from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.metrics import HEADLINES, SHOWN
+from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.run import run
 from slidescale.engine.run_folder import check_same_settings, find_run_folder, read_record
+from slidescale.engine.stopping import keep_advice
 from slidescale.engine.study_picture import Point, draw_against_k
 
 log = logging.getLogger(__name__)
@@ -128,9 +128,11 @@ def main(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     configure_logging(is_main_rank())
-    try:
-        base = default if has_manifest(argv) else demo
+    with command():
+        base = default if is_study(argv) else demo
+        description += demo_defaults(_flat(base), _flat(demo))
         study = tyro.cli(StudyConfig, default=base, args=argv, description=description)
+        keep_advice("what is finished is not run again: give the same command to go on")
         folder = study.config.run.out / study.config.run.name
         begin = time.perf_counter()
         world = _start_world(study.config)
@@ -146,9 +148,12 @@ def main(
             if study.page is not None:
                 about = about_demo if study.config.data.manifest is None else ""
                 write_page(study.page, about, text, folder, argv, world.size)
-        stop_world()
-    except UserError as error:
-        exit_telling(error)
+
+
+def _flat(study: StudyConfig) -> dict[str, Any]:
+    """All settings by dotted name."""
+    own = {each.name: getattr(study, each.name) for each in fields(study) if each.name != "config"}
+    return own | study.config.flat()
 
 
 def arms_of(study: StudyConfig) -> list[Arm]:

@@ -74,7 +74,7 @@ def load_run(
     if not weights.is_file():
         raise UserError(_no_weights(folder))
     try:
-        metadata = read_metadata(weights)
+        metadata = read_metadata(weights)  # its checksum is compared as the tensors are read
         epoch, step = int(metadata["epoch"]), int(metadata["step"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{weights} is damaged, or not written by slidescale: {error}") from None

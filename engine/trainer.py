@@ -13,20 +13,23 @@ import numpy as np
 
 from slidescale.engine.checkpoint import Checkpoints, Progress
 from slidescale.engine.config import Config
+from slidescale.engine.data.bag import epoch_size
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.errors import TrainingError
 from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.files import save_png
 from slidescale.engine.history import EpochTotals, add_epoch
 from slidescale.engine.intervals import describe
-from slidescale.engine.logger import RunLog
+from slidescale.engine.logger import Meter, RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.metrics import HEADLINES
 from slidescale.engine.objective import SupervisionName
 from slidescale.engine.report import draw_figures, draw_heatmaps, judge, write_metrics, write_predictions
 from slidescale.engine.step import TrainStep
+from slidescale.engine.stopping import AGAIN, RESUME, note
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,8 @@ _NORM_NAMES = {
 
 
 def best_names(supervision: SupervisionName) -> tuple[str, str]:
-    """What runs are compared by: the scalars of a run's best epoch, its loss and its headline metric."""
-    return "best/val_loss", f"best/val_{HEADLINES[supervision]}"
+    """What runs are compared by: the scalars of a run's best epoch, its headline metric and its loss."""
+    return f"best/val_{HEADLINES[supervision]}", "best/val_loss"
 
 
 class Trainer:
@@ -73,23 +76,36 @@ class Trainer:
         self.run_log = run_log
         self.folder = folder
         self.planned_peak_gib = planned_peak_gib
+        self._last_slides: tuple[str, ...] = ()  # of the last step
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the last epoch; then test the best epoch, if there is a test split."""
         if progress.unreported is not None:
             log.info("epoch %d was trained and not yet validated when the run was cut off", progress.epoch)
+            note(f"in epoch {progress.epoch}", RESUME)
+            self.run_log.scalars(progress.unreported.last_scalars, progress.step)
             progress = self._validate(progress, progress.unreported)
         for epoch in range(progress.epoch, self.config.run.epochs):
+            note(f"in epoch {epoch + 1}", RESUME if progress.epoch else AGAIN)
+            self.cohort.try_again()
             totals = self._train_epoch(epoch, progress.step)
             progress = replace(
-                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.excluded,
+                progress, epoch=epoch + 1, step=progress.step + len(totals.losses), excluded=self.cohort.lasting,
                 unreported=totals,
             )  # fmt: skip
-            self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
+            self.run_log.flush()  # a resume does not log the steps again that the checkpoint has
+            try:
+                self.checkpoints.save(self.strategy, progress)  # first, so that nothing that follows can lose the epoch
+            except TrainingError as error:
+                slides = ", ".join(self._last_slides)
+                raise TrainingError(f"after step {progress.step}, on slide {slides}: {error}") from None
+            note(f"in epoch {epoch + 1}", RESUME)
             progress = self._validate(progress, totals)
+        self.cohort.try_again()
         if self.cohort.usable("test"):
+            note("in the test of the best epoch", RESUME)
             self.checkpoints.load(self.strategy, "best")
-            result = self.evaluate("test")
+            result = self.evaluate("test", "testing")
             log.info("test, best epoch: %s", result)
             if self.mesh.world.rank == 0:
                 self._write_results(result, "_test", progress.step)
@@ -99,25 +115,29 @@ class Trainer:
 
         Where this is cut off, a resume does it again; an epoch that has been marked then stays the best.
         """
-        result = self.evaluate("val")
+        result = self.evaluate("val", f"validating epoch {progress.epoch}")
         if improved := result.score >= progress.best_score or self.checkpoints.last_is_best():
             progress = replace(progress, best_score=result.score)
             self.checkpoints.mark_best(self.strategy, progress)
         self._report(progress.epoch - 1, progress.step, totals, result, improved=improved)
         return self.checkpoints.mark_reported(progress)
 
-    def evaluate(self, split: Split) -> Evaluation:
+    def evaluate(self, split: Split, what: str) -> Evaluation:
         """Predict the slides of a split from all their tissue tiles."""
         step, rows = self.train_step, self.cohort.usable(split)
         return evaluate(
             self.strategy.model, rows, self.cohort, self.reader, step.objective, self.mesh, step.chunk,
-            self.strategy.device,
+            self.strategy.device, what,
         )  # fmt: skip
 
     def _train_epoch(self, epoch: int, step: int) -> EpochTotals:
         """Steps over all training slides."""
         self.strategy.model.train()
         totals = EpochTotals(losses=[])
+        slides = epoch_size(len(self.cohort.usable("train")), self.config.data.epoch_share)
+        name = f"epoch {epoch + 1}/{self.config.run.epochs}"
+        # On a terminal the run's own bar shows it.
+        meter = Meter(name, slides, "slide", main=self.mesh.world.rank == 0, bar=False)
         begin = time.perf_counter()
         for batch in self.feed.epoch(epoch):
             settings = self.strategy.settings()
@@ -128,20 +148,20 @@ class Trainer:
             totals.tiles += batch.k
             totals.seconds += end - begin
             totals.waiting += batch.waited_s
-            self.run_log.scalars(
-                {
-                    "train/loss": result.loss,
-                    **{f"train/{name}": value for name, value in settings.items()},
-                    **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
-                    "train/attention_entropy": result.attention_entropy,
-                    "train/effective_tiles": result.effective_tiles,
-                    "speed/tiles_per_s": batch.k / (end - begin),
-                    "speed/data_wait_share": batch.waited_s / (end - begin),
-                    **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
-                },
-                step + len(totals.losses),
-            )
-            self.run_log.bar.set_description(f"epoch {epoch + 1}/{self.config.run.epochs}", refresh=False)
+            totals.last_scalars = {
+                "train/loss": result.loss,
+                **{f"train/{name}": value for name, value in settings.items()},
+                **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
+                "train/attention_entropy": result.attention_entropy,
+                "train/effective_tiles": result.effective_tiles,
+                "speed/tiles_per_s": batch.k / (end - begin),
+                "speed/data_wait_share": batch.waited_s / (end - begin),
+                **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
+            }
+            self.run_log.scalars(totals.last_scalars, step + len(totals.losses))
+            self._last_slides = tuple(row.slide_id for row in batch.rows)
+            meter.reach(totals.slides, f"loss {np.mean(totals.losses):.3f}")
+            self.run_log.bar.set_description(name, refresh=False)
             speed = totals.tiles / totals.seconds
             self.run_log.bar.set_postfix(loss=f"{np.mean(totals.losses):.3f}", tiles_per_s=f"{speed:.0f}")
             self.run_log.bar.update(len(batch.rows))
@@ -163,7 +183,7 @@ class Trainer:
                 self.run_log.scalars({f"epoch/val_{result.headline}": metrics[result.headline]}, step)
             if improved:
                 best = zip(
-                    best_names(self.config.data.supervision), (result.loss, metrics.get(result.headline)), strict=True
+                    best_names(self.config.data.supervision), (metrics.get(result.headline), result.loss), strict=True
                 )
                 self.run_log.scalars({name: value for name, value in best if value is not None}, step)
         log.info(

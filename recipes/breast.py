@@ -4,7 +4,8 @@
 
 Labels are normal and tumor. Those of CAMELYON17's slides become these by --data.label-map negative normal itc tumor
 micro tumor macro tumor. A metastasis may cover a few tiles of ten thousand, so all of a slide's tiles take part, seen
-through two weightings: a sample would often miss it, and then teach the encoder that tumor is normal. Without a
+through two weightings: a sample would often miss it, and then teach the encoder that tumor is normal. The
+encoder begins with ImageNet weights unless you say otherwise (--model.no-pretrained, --model.weights FILE). Without a
 manifest it trains a small network from random weights, on a demo cohort that it draws, whose foci are rarer tiles too.
 """
 
@@ -16,7 +17,7 @@ CLASSES = ("normal", "tumor")
 STUDY = Config(
     run=RunConfig(name="breast", epochs=30),
     data=DataConfig(classes=CLASSES, k="all", augment_symmetry=True, stain_jitter=0.05),
-    model=ModelConfig(encoder="resnet50_gn", attention_branches=2, attention_dropout=0.25),
+    model=ModelConfig(encoder="resnet50_gn", pretrained=True, attention_branches=2, attention_dropout=0.25),
     optim=OptimConfig(lr=1e-4),
 )
 

@@ -3,8 +3,9 @@
     deepspeed recipes/egfr.py --deepspeed_config ds.json --data.manifest slides.csv --data.classes wild_type mutant
 
 The task and the model's arrangement are those of Campanella et al. 2024, "Beyond Multiple Instance Learning: Full
-Resolution All-In-Memory End-To-End Pathology Slide Modeling"; encoder, rates and lengths are this recipe's own. Without
-a manifest it trains a small network from random weights, on a demo cohort that it draws.
+Resolution All-In-Memory End-To-End Pathology Slide Modeling"; encoder, rates and lengths are this recipe's own. The
+encoder begins with ImageNet weights unless you say otherwise (--model.no-pretrained, --model.weights FILE). Without a
+manifest it trains a small network from random weights, on a demo cohort that it draws.
 
 --preset eagle has the settings of the released trainer of the EGFR study that followed (EAGLE): GigaPath as the
 encoder, for whose weights you accept their licence on the hub (or give a file: --model.no-pretrained --model.weights
@@ -21,7 +22,7 @@ from slidescale.engine.main import main
 STUDY = Config(
     run=RunConfig(name="egfr"),
     data=DataConfig(),
-    model=ModelConfig(encoder="resnet50_gn"),
+    model=ModelConfig(encoder="resnet50_gn", pretrained=True),
     optim=OptimConfig(lr=1e-4),
 )
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":
         about_demo=ABOUT_DEMO,
         default=StudyConfig(
             k=(64, 256, 1024, "all"),
-            config=replace(STUDY, run=replace(STUDY.run, name="k-study"), model=replace(STUDY.model, pretrained=True)),
+            config=replace(STUDY, run=replace(STUDY.run, name="k-study")),
         ),
         demo=StudyConfig(
             frozen_encoder="efficientnet_lite0_packaged",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slidescale.engine.data import retry
 from slidescale.engine.data.synthetic import write_demo_cohort
 
 from worlds import World
@@ -40,6 +41,12 @@ def logging_as_it_was() -> Iterator[None]:
     yield
     logger.handlers, logger.propagate = before[:2]
     logger.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try to read again at once."""
+    monkeypatch.setattr(retry, "PAUSES_S", (0.0, 0.0))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,8 +12,10 @@ from unittest import mock
 
 import deepspeed
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -38,6 +40,7 @@ from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel import zero as zero_module
 from slidescale.engine.parallel.ddp import DdpStrategy
 from slidescale.engine.parallel.fsdp import FsdpStrategy
 from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device
@@ -57,6 +60,18 @@ LEARNING_RATE = 0.05
 EXCLUDED = Path(tempfile.gettempdir()) / f"excluded-{os.getpid()}.csv"
 FSDP_UNIT_NUMEL = 1_000  # the encoders are tiny, and must fall into several units all the same
 SUB_GROUP_NUMEL = 50_000  # and into several of ZeRO-3's sub-groups
+# Networks that read parameters of modules which they do not call, made as narrow as they get.
+_SMALL_VIT = {"img_size": TILE_PX, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+_SMALL_MAXXVIT = {"stem_width": 8, "embed_dim": (32, 32), "depths": (1, 1)}
+READ_BUT_NOT_CALLED: dict[str, dict[str, Any]] = {
+    "beit_base_patch16_224": _SMALL_VIT,
+    "eva02_tiny_patch14_224": _SMALL_VIT,
+    "swinv2_tiny_window8_256": {
+        "img_size": TILE_PX, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4,
+    },
+    "test_maxvit": _SMALL_MAXXVIT | {"block_type": ("M", "M")},
+    "test_coatnet": _SMALL_MAXXVIT | {"block_type": ("C", "T")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +206,8 @@ def make_model(case: Case) -> SlideModel:
     """A small model in its training mode."""
     *layers, pooling = case.aggregator.removesuffix("+slide_norm").split("+")
     torch.manual_seed(0)
-    encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout, kernels=case.kernels)
+    with patched(timm, "create_model", create_narrow):
+        encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout, kernels=case.kernels)
     encoder.set_checkpointing(case.checkpoint_blocks)
     aggregator = Aggregator(
         encoder.dim, 2, pooling=pooling, hidden_dim=16, attention_dim=8, dropout=case.dropout,
@@ -200,6 +216,11 @@ def make_model(case: Case) -> SlideModel:
         transformer_spread=layers[0] if layers else "split",
     )  # fmt: skip
     return SlideModel(encoder, aggregator).to(device(), getattr(torch, case.dtype)).train()
+
+
+def create_narrow(original: Callable, name: str, **options: Any) -> nn.Module:
+    """`timm.create_model`, with the options of `READ_BUT_NOT_CALLED`."""
+    return original(name, **options | READ_BUT_NOT_CALLED.get(name, {}))
 
 
 def make_optimizer(case: Case, model: SlideModel) -> torch.optim.Optimizer:
@@ -298,6 +319,9 @@ def make_strategy(
         return kind(model, made, scheduler(made) if scheduler else None, device=device(), clip=0.0)
     zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
     zero["sub_group_size"] = SUB_GROUP_NUMEL
+    if "buckets" in options:  # as Hugging Face's formulae have them for a width of 16
+        zero |= {"reduce_bucket_size": 256, "stage3_prefetch_bucket_size": 230}
+        zero["stage3_param_persistence_threshold"] = 160
     if "offload" in options:
         zero["offload_optimizer"] = {"device": "cpu"}
         if name == "zero3":
@@ -514,9 +538,60 @@ def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, floa
     return "no error", worst_error(before, model)
 
 
+@dataclass
+class Gathers:
+    """What ZeRO-3 gathers in an epoch.
+
+    Attributes:
+        by_hooks: parameters that are gathered because a module is called, each time.
+        on_access: parameters that are gathered because one that is not there is read.
+        left: elements that are whole after a pass over the encoder, or after a step; the most at once.
+    """
+
+    by_hooks: int = 0
+    on_access: int = 0
+    left: int = 0
+
+
+def gathers(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext) -> Gathers:
+    """Train an epoch under ZeRO-3 and count."""
+    mesh, model, counted = mesh_for(case), make_model(case), Gathers()
+    with mutation():
+        strategy = make_strategy(case, model, mesh)
+
+    def count_hooks(original: Callable, registry: Any, parameter: Any, handle: Any) -> None:
+        counted.by_hooks += 1
+        original(registry, parameter, handle)
+
+    def count_access(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        counted.on_access += 1
+        return original(*args, **kwargs)
+
+    def then_count_left(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        counted.left = max(counted.left, sum(parameter.numel() for parameter in model.parameters()))
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(patched(InflightParamRegistry, "__setitem__", count_hooks))
+        for parameter in model.parameters():
+            stack.enter_context(patched(parameter, "all_gather", count_access))
+        for owner, name in ((step, "encode"), (step, "backpropagate"), (strategy, "step")):
+            stack.enter_context(patched(owner, name, then_count_left))
+        train(case, strategy, mesh)
+    return counted
+
+
+def unmarked_forwards() -> Any:
+    """ZeRO-3 gathers for modules that are called, and for nothing else."""
+    return patched(zero_module, "_gather_on_access", lambda original, half: None)
+
+
 def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]:
     """Of an untrained model, for each slide: its name, loss, tiles, and the sum of their weights."""
     mesh, model = mesh_for(case), make_model(case)
+    if case.strategy == "zero3":
+        make_strategy(case, model, mesh)
     cohort, reader = make_cohort(mesh), MemoryReader(case.unreadable, mesh.tiles)
     objective = CrossEntropy((), 2).to(device())
     rows = cohort.usable("train")

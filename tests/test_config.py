@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slidescale.engine.config import (
 )
 from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.parallel.select import select_strategy
 
 CONFIG = Config(run=RunConfig(name="test"), optim=OptimConfig(lr=3e-4, clip=0.5, weight_decay=0.04, min_lr_ratio=0.1))
@@ -77,7 +79,7 @@ def test_every_contradiction_is_shown_with_both_values() -> None:
         "gradient_accumulation_steps": 4,
         "train_batch_size": 8,
         "fp16": {"enabled": True},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": -1},
     }
     with pytest.raises(ConfigError) as caught:
         complete(content)
@@ -88,7 +90,7 @@ def test_every_contradiction_is_shown_with_both_values() -> None:
         "gradient_accumulation_steps is 4 and",
         "train_batch_size",
         "fp16.enabled",
-        'zero_optimization.reduce_bucket_size is "auto"',
+        "zero_optimization.reduce_bucket_size is -1",
     ):
         assert expected in str(caught.value)
     assert "weight_decay" not in str(caught.value)
@@ -212,7 +214,37 @@ def test_slides_a_step_and_optimizers_agree_with_ds_json() -> None:
         complete({"zero_optimization": {"stage": 2}}, lamb)
 
 
-@pytest.mark.parametrize("budget", ["8 GB", "8", "GiB", "0GiB", "-1GiB"])
+@pytest.mark.parametrize("budget", ["8", "GiB", "0GiB", "-1GiB", "8 Gb/s", "8XB"])
 def test_sizes_have_units(budget: str) -> None:
     with pytest.raises(ConfigError, match="--memory.budget is .*must be a size such as 8GiB"):
         MemoryConfig(budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * 1024**3),
+        ("24GB", 24 * 10**9),
+        ("24 GB", 24 * 10**9),
+        ("512 mib", 512 * 1024**2),
+        ("1.5tb", 15 * 10**11),
+    ],
+)
+def test_sizes_are_binary_or_decimal(text: str, size: int) -> None:
+    assert parse_size(text, "--memory.budget") == size
+    MemoryConfig(budget=text)
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ([], "python recipes/egfr.py --run.seed 1"),
+        (["RANKS=2"], "deepspeed --quiet --num_accelerators 2 recipes/egfr.py --deepspeed_config ds.json --run.seed 1"),
+    ],
+)
+def test_make_egfr_takes_deepspeed_for_several_ranks_only(words: list[str], command: str) -> None:
+    """One process needs nothing that DeepSpeed would compile first."""
+    root = Path(__file__).parent.parent
+    asked = ["make", "--dry-run", "egfr", "ARGS=--run.seed 1", *words]
+    shown = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert " ".join(shown.replace("\\\n", " ").split()).endswith(command)

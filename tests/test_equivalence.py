@@ -13,7 +13,18 @@ import pytest
 import torch
 
 import equivalence
-from equivalence import BAG_SIZES, Case, compare, compare_all, fail_alone, losses_of, predictions, refused_step
+from equivalence import (
+    BAG_SIZES,
+    READ_BUT_NOT_CALLED,
+    Case,
+    compare,
+    compare_all,
+    fail_alone,
+    gathers,
+    losses_of,
+    predictions,
+    refused_step,
+)
 from worlds import World
 
 GetWorld = Callable[..., World]
@@ -31,6 +42,12 @@ WORLDS = [(name, ranks) for name in STRATEGIES for ranks in ([1] if name == "sin
 # With every tile in one chunk there are no chunks to store some of.
 POLICIES = [(policy, chunk) for policy in ("keep", "recompute", "offload", "auto-1", "auto-2") for chunk in (1, 3)]
 POLICIES += [(policy, max(BAG_SIZES) + 1) for policy in ("keep", "recompute", "offload")]
+
+
+# One of them in `make test`, all in `make test-full`.
+NOT_CALLED = [
+    pytest.param(name, marks=() if name.startswith("eva02") else pytest.mark.full) for name in READ_BUT_NOT_CALLED
+]
 
 
 def make_case(strategy: str, aggregator: str, policy: tuple[str, int], optimizer: str) -> Case:
@@ -64,6 +81,11 @@ def test_all_combinations_equal_plain_autograd(world: GetWorld, strategy: str, r
     """The whole grid."""
     for optimizer in OPTIMIZERS:
         check(world(ranks), [make_case(strategy, aggregator, policy, optimizer) for policy in POLICIES])
+
+
+def test_zero_with_small_buckets(world: GetWorld) -> None:
+    """Most parameters are larger than a bucket, and the small ones stay whole."""
+    check(world(2), [Case(strategy=f"zero{stage}+buckets", policy="auto-1") for stage in (1, 2, 3)])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -109,6 +131,61 @@ def test_other_encoders(world: GetWorld, policy: str) -> None:
             for strategy, dtype in strategies
         ],
     )
+
+
+def test_zero3_gathers_parameters_of_modules_that_are_not_called(world: GetWorld) -> None:
+    """Attention that reads its projection's weights; a bias table that a module outside of it asks for."""
+    check(
+        world(2),
+        [
+            Case(strategy="zero3", encoder="eva02_tiny_patch14_224", policy="recompute"),
+            Case(strategy="zero3", encoder="swinv2_tiny_window8_256", policy="auto-1", chunk=3),
+        ],
+    )
+    with pytest.raises(AssertionError, match="size mismatch"):
+        world(2).run(compare, Case(strategy="zero3", encoder="eva02_tiny_patch14_224"), equivalence.unmarked_forwards)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("encoder", READ_BUT_NOT_CALLED)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_network_that_reads_but_does_not_call(world: GetWorld, ranks: int, encoder: str) -> None:
+    """Each policy, blocks that are computed again, offloaded parameters, and several slides a step."""
+    base = Case(strategy="zero3", encoder=encoder)
+    cases = [
+        replace(base, policy=policy, chunk=chunk) for policy in ("keep", "recompute", "auto-1") for chunk in (1, 3)
+    ]
+    cases += [
+        replace(base, checkpoint_blocks=True, policy="auto-1"),
+        replace(base, strategy="zero3+offload"),
+        replace(base, accumulate=2, tile_ranks=1, policy="auto-1", dropout=0.3),
+    ]
+    check(world(ranks), cases)
+    wrong = world(ranks).run(compare, base, equivalence.skipped_chunk)
+    assert min(wrong) > 100 * TOLERANCE["float32"], wrong
+
+
+@pytest.mark.parametrize("encoder", NOT_CALLED)
+def test_zero3_evaluates_parameters_of_modules_that_are_not_called(world: GetWorld, encoder: str) -> None:
+    """Without a graph, and before any step."""
+    expected = world(1).run(predictions, Case(strategy="ddp", encoder=encoder))[0]
+    for found in world(2).run(predictions, Case(strategy="zero3", encoder=encoder)):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours[1:] == pytest.approx(theirs[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("encoder", NOT_CALLED)
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_zero3_gives_back_what_it_gathers_on_access(world: GetWorld, policy: str, encoder: str) -> None:
+    """Nothing is whole between passes, and a parameter is looked for once only: then it comes with its reader."""
+    case = Case(strategy="zero3", encoder=encoder, policy=policy)
+    for counted in world(2).run(gathers, case):
+        assert counted.left == 0
+        assert 0 < counted.on_access < 60
+    plain = replace(case, encoder="test_resnet")
+    marked, unmarked = (world(2).run(gathers, plain, *how) for how in ((), (equivalence.unmarked_forwards,)))
+    assert marked == unmarked, "other networks gather as before"
+    assert marked[0].on_access == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -11,6 +11,8 @@ from types import ModuleType
 import psutil
 import pytest
 
+from worlds import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 
 # What a rank does, by its number.
@@ -30,7 +32,7 @@ if what == "full":
 if what == "wait":
     with open(sys.argv[0] + ".waiting", "w") as file:
         file.write(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(100_000)  # whoever waits for it fails the test
 """
 
 
@@ -55,12 +57,10 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_how_worlds_end(harness: ModuleType, ranks: list[str], status: str, message: str, tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "logs" / "cell.log"
     script.write_text(SCRIPT)
-    limits = harness.Limits(2 if status == "out of time" else 60, 400 * 2**20)
-    begin = time.monotonic()
+    limits = harness.Limits(2 if status == "out of time" else PATIENCE_S, 400 * 2**20)
     ended = harness.run_world([str(script), *ranks], ranks=2, device="cpu", limits=limits, log=log)
     assert ended.status == status
     assert message in ended.message
-    assert time.monotonic() - begin < 60, "a rank that waits is not waited for"
     if (waiting := tmp_path / "rank.py.waiting").exists():
         assert not psutil.pid_exists(int(waiting.read_text())), "no rank outlives its world"
 
@@ -89,20 +89,20 @@ def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
     sweep = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness; from pathlib import Path; "
         f"harness.run_world([{str(tmp_path / 'rank.py')!r}, 'wait'], ranks=1, device='cpu', "
-        f"limits=harness.Limits(60, 2**40), log=Path({str(tmp_path / 'log')!r}))"
+        f"limits=harness.Limits({PATIENCE_S}, 2**40), log=Path({str(tmp_path / 'log')!r}))"
     )
     waiting = tmp_path / "rank.py.waiting"
     for number in (signal.SIGTERM, signal.SIGHUP):
         waiting.unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", sweep])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not (waiting.exists() and waiting.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         rank = int(waiting.read_text())
         assert psutil.pid_exists(rank)
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        assert process.wait(PATIENCE_S) == 128 + number
         assert not psutil.pid_exists(rank)
 
 

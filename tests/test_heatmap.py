@@ -11,6 +11,7 @@ import geojson
 import numpy as np
 import openslide
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -171,6 +172,75 @@ def test_tiff_lies_where_the_slide_does(written: tuple[Path, Tiling, np.ndarray]
     assert (folder / "real_attention.tif").stat().st_size < 200_000
 
 
+LEICA = """<?xml version="1.0"?>
+<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">
+<collection name="c" uuid="urn:uuid:0" sizeX="{slide_nm_x}" sizeY="{slide_nm_y}">
+<image name="label" uuid="urn:uuid:1"><creationDate>2020-01-01T00:00:00Z</creationDate>
+<device model="Leica SCN400" version="1"/>
+<pixels sizeX="{macro_x}" sizeY="{macro_y}"><dimension sizeX="{macro_x}" sizeY="{macro_y}" r="0" ifd="0"/></pixels>
+<view sizeX="{slide_nm_x}" sizeY="{slide_nm_y}" offsetX="0" offsetY="0" spacingZ="1000"/>
+<scanSettings><objectiveSettings><objective>1</objective></objectiveSettings>
+<illuminationSettings><illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>
+<image name="main" uuid="urn:uuid:2"><creationDate>2020-01-01T00:00:00Z</creationDate>
+<device model="Leica SCN400" version="1"/>
+<pixels sizeX="{x}" sizeY="{y}"><dimension sizeX="{x}" sizeY="{y}" r="0" ifd="1"/></pixels>
+<view sizeX="{nm_x}" sizeY="{nm_y}" offsetX="{offset_nm_x}" offsetY="{offset_nm_y}" spacingZ="1000"/>
+<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>
+<illuminationSettings><illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>
+</collection></scn>"""
+
+
+def write_leica(path: Path, image: np.ndarray, offset: tuple[int, int], mpp_um: float) -> Path:
+    """A Leica SCN, whose picture lies at `offset` (x, y), in its pixels, on a plane four times as wide and high."""
+    height, width = image.shape[:2]
+    nm = 1000 * mpp_um
+    macro = np.full((128, 128, 3), 255, np.uint8)
+    about = LEICA.format(
+        slide_nm_x=round(4 * width * nm), slide_nm_y=round(4 * height * nm), macro_x=128, macro_y=128, x=width,
+        y=height, nm_x=round(width * nm), nm_y=round(height * nm), offset_nm_x=round(offset[0] * nm),
+        offset_nm_y=round(offset[1] * nm),
+    )  # fmt: skip
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for picture in (macro, image):
+            file.write(
+                picture, tile=(256, 256), photometric="rgb", compression="jpeg", metadata=None,
+                description=about if picture is macro else None, resolution=(1e4 / mpp_um,) * 2,
+                resolutionunit="CENTIMETER", software=False,
+            )  # fmt: skip
+    return path
+
+
+def test_files_lie_within_the_slides_bounds(real_slide: Path, tmp_path: Path) -> None:
+    """To which QuPath crops it: tile for tile where the same picture has them on a plane of its own."""
+    with openslide.OpenSlide(real_slide) as file:
+        image = np.asarray(file.read_region((400, 800), 0, (1024, 1280)).convert("RGB"))
+    # Whole tiles away, so that both have the same grid.
+    spec = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
+    offset = (64 * 9, 64 * 14)
+    path = write_leica(tmp_path / "bounded.scn", image, offset, 0.5)
+    with Slide(path) as slide:
+        assert (slide.width, slide.height) == (4 * 1024, 4 * 1280)
+        assert tuple(slide.bounds) == (*offset, 1024, 1280)
+        tiling = tile_slide(slide, spec)
+        assert (tiling.coords >= offset).all()
+        weights = np.random.default_rng(0).dirichlet(np.ones(len(tiling.coords)))
+        write_attention(tmp_path, "real", slide, tiling, weights, model="m", max_px=300)
+        mpp_um = slide.mpp_um
+    corners = [np.array(each["geometry"]["coordinates"][0]).min(axis=0) for each in features_of(tmp_path)]
+    np.testing.assert_array_equal(corners, tiling.coords - offset)
+    assert (np.array(corners) < (1024, 1280)).all()
+    colours = np.rint(attention_colours(weights)).astype(np.uint8)
+    with openslide.OpenSlide(tmp_path / "real_attention.tif") as tiff:
+        scale = float(tiff.properties["openslide.mpp-x"]) / mpp_um
+        assert scale == pytest.approx(tiling.side_px / PX_A_TILE, rel=1e-5)
+        assert tiff.dimensions == (1024 // 4, 1280 // 4)
+        plain = np.asarray(tiff.read_region((0, 0), 0, tiff.dimensions).convert("RGB"))
+    for (x, y), colour in zip(np.array(corners), colours, strict=True):
+        np.testing.assert_array_equal(plain[int((y + 32) / scale), int((x + 32) / scale)], colour)
+    with Slide(real_slide) as slide:
+        assert tuple(slide.bounds) == (0, 0, slide.width, slide.height), "a file without bounds"
+
+
 def test_picture_has_a_legend(written: tuple[Path, Tiling, np.ndarray]) -> None:
     folder, _, _ = written
     picture = np.asarray(Image.open(folder / "real_attention.png"))
@@ -223,6 +293,10 @@ def test_a_slide_that_is_none_and_a_folder_that_is_none(real_slide: Path, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*/file"):
         draw_heatmap(HeatmapRequest(run=folder, slide=real_slide, out=tmp_path / "file"))
-    for settings, message in (({"top": 0.0}, "--top is 0"), ({"max_px": 3}, "--max-px is 3")):
+    for settings, message in (
+        ({"mpp_um": 0.0}, "--mpp-um is 0"),
+        ({"top": 0.0}, "--top is 0"),
+        ({"max_px": 3}, "--max-px is 3"),
+    ):
         with pytest.raises(ConfigError, match=message):
             HeatmapRequest(run=folder, slide=real_slide, **settings)  # type: ignore[arg-type]

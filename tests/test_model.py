@@ -1,12 +1,15 @@
 """Encoders, aggregators and the objective."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slidescale.engine import run
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.aggregator import Aggregator, SlideNorm
 from slidescale.engine.models.encoder import Encoder
@@ -133,3 +136,20 @@ def test_class_weights_weigh() -> None:
     plain = CrossEntropy((), 3)(logits, target)
     torch.testing.assert_close(plain, -logits.log_softmax(0)[2])
     torch.testing.assert_close(CrossEntropy((1.0, 1.0, 0.7), 3)(logits, target), 0.7 * plain)
+
+
+def test_slides_that_normalisation_makes_alike_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Of one tile, or in training a bag of one."""
+    slides = {"train": {"a": 9, "b": 1}, "val": {"c": 1}, "test": {"d": 4}}
+    cohort: Any = SimpleNamespace(
+        usable=lambda split: [SimpleNamespace(slide_id=name, split=split) for name in slides[split]],
+        tilings={name: SimpleNamespace(coords=[0] * n) for split in slides.values() for name, n in split.items()},
+    )
+    for k, expected in (("all", "2 of 4 slides have one tile (b, c)"), (1, "3 of 4 slides have one tile (a, b, c)")):
+        caplog.clear()
+        run._warn_of_single_tiles(cohort, k)
+        assert expected in caplog.text and "predicted alike" in caplog.text
+    slides.update({"train": {"a": 9}, "val": {}})
+    caplog.clear()
+    run._warn_of_single_tiles(cohort, "all")
+    assert not caplog.text

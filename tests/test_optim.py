@@ -184,7 +184,7 @@ NVIDIA = {
         "Metadata-Version: 2.4\nName: apex\nVersion: 0.1\nSummary: PyTorch Extensions written by NVIDIA\n"
     ),
 }
-# What `pip install apex` gives: https://pypi.org/project/apex/.
+# What `pip install apex` gives, another project of that name.
 PYPI = {
     "apex/__init__.py": "from pyramid_mailer.interfaces import IMailer\nfrom apex.i18n import MessageFactory\n",
     "apex/lib/__init__.py": "",
@@ -294,3 +294,21 @@ def test_apex_on_split_parameters_is_refused(site: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("slidescale.engine.optim.DTensor", nn.Parameter)  # as if fsdp had made them
     with pytest.raises(ConfigError, match="apex cannot step parameters that fsdp has split; take adamw"):
         make_apex("apex_adam")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "last", "before"),
+    [
+        ("test_convnext", "stages.3.blocks.1.mlp.fc2.weight", "stages.3.blocks.0.mlp.fc2.weight"),
+        ("vit_relpos_small_patch16_224", "blocks.11.mlp.fc2.weight", "blocks.10.mlp.fc2.weight"),
+    ],
+)
+def test_a_normalisation_at_the_end_is_no_step_of_layer_decay(encoder: str, last: str, before: str) -> None:
+    """ConvNeXt's `head.norm` and the `fc_norm` of transformers that average their tokens: timm numbers them apart."""
+    with torch.device("meta"):
+        model = SlideModel(Encoder(encoder, tile_px=32), nn.Identity())  # type: ignore[arg-type]
+    groups = parameter_groups(model, OptimConfig(lr=1.0, layer_decay=0.5))
+    rates = {name: group["lr"] for group in groups for name in names_in(model, group)}
+    norm = next(name for name in rates if name.endswith(("head.norm.weight", "fc_norm.weight")))
+    assert rates[norm] == rates[f"encoder.backbone.{last}"] == max(rates.values()) == 1.0
+    assert rates[f"encoder.backbone.{before}"] == 0.5

@@ -397,7 +397,7 @@ def test_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--k", "10"], "--memory is missing"),
         (["--k", "0", "--memory", "1GiB"], "--k is 0"),
-        (["--k", "10", "--memory", "1GB"], "--memory is '1GB'"),
+        (["--k", "10", "--memory", "1XB"], "--memory is '1XB'"),
         (["--k", "10", "--device", "H900"], "must be one of A100-40GB"),
         (["--k", "10", "--memory", "8GiB", "--optimizer-offload"], "--optimizer-offload: single has none"),
         (["--k", "10", "--memory", "8GiB", "--encoder", "resnet1o"], "timm has no model"),

@@ -17,12 +17,13 @@ from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.foundation import find_foundation_model
 
 from conftest import read_csv
+from worlds import free_port
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("egfr", "breast", "finetune_vit", "frozen_baseline")
 # Of a demo, as little as can be: its own network, rates and classes stay.
 LITTLE = ["--data.demo-slides", "8", "--run.epochs", "1", "--run.heatmaps", "0", "--data.min-tissue", "0.98"]
-PATIENCE_S = 240
+PATIENCE_S = 1500
 
 
 def load(name: str) -> ModuleType:
@@ -42,7 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launched(name: str, launcher: str, out: Path, *words: str) -> str:
     """What a recipe prints when two ranks of it are started."""
-    port = str(29600 + os.getpid() % 300)
+    port = str(free_port())
     launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
@@ -76,6 +77,13 @@ def test_a_recipe_is_a_page(name: str) -> None:
     module = load(name)
     assert "demo cohort" in str(module.__doc__)
     assert module.STUDY.run.name != module.DEMO.run.name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_study_begins_with_published_weights(name: str) -> None:
+    module = load(name)
+    assert module.STUDY.model.pretrained
+    assert module.DEMO.model.pretrained == module.DEMO.model.frozen, "a demo's are random, unless they are all it has"
 
 
 def test_the_eagle_preset_is_as_published() -> None:
@@ -147,6 +155,20 @@ def test_help_tells_of_presets(runs: list[Config], capsys: pytest.CaptureFixture
     assert "egfr-eagle" in output, "its values are shown"
     with pytest.raises(ConfigError):
         main._choose_settings(["--preset", "x"], *([load("egfr").DEMO] * 2), {})
+
+
+def test_help_says_which_defaults_are_whose(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of your own slides are shown, and what the demo has otherwise is listed; a run without slides is a demo."""
+    with pytest.raises(SystemExit):
+        start("--help")
+    output = " ".join(capsys.readouterr().out.split())
+    before, options = output.split("--data.tile-px INT")
+    assert "The defaults below are those for your own slides" in before
+    assert "Without a manifest, the demo cohort has these instead: --run.name egfr-demo" in before
+    assert "--data.tile-px 64" in before and "--model.slide-norm," in before
+    assert "(default: 224)" in options.split("--data.k")[0]
+    start()
+    assert runs[0].data.tile_px == 64
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

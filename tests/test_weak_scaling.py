@@ -12,6 +12,8 @@ import pytest
 
 from slidescale.engine.errors import ConfigError
 
+from worlds import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -165,7 +167,7 @@ def test_bytes_are_those_of_the_engine(model: ModuleType, command: ModuleType, t
         policy="recompute", strategy="fsdp", ranks=2, k=12, encoder="test_resnet", tile=32, chunk=2, dtype="float32",
         device="cpu", steps=1, counted=(12,),
     )  # fmt: skip
-    limits = Limits(120, 2**34)
+    limits = Limits(PATIENCE_S, 2**34)
     ended, row = measure(cell, slide=tmp_path / "slide.tiff", limits=limits, log=tmp_path / "log")
     assert ended.status == "ok", ended.message
     shape = command.shape_for(cell)

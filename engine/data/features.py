@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.retry import reading
 from slidescale.engine.data.tiling import TileSpec, Tiling, cache_key
 from slidescale.engine.errors import SlideError
-from slidescale.engine.files import replacing
+from slidescale.engine.files import NAME_BYTES, replacing
 
 # Part of a folder's name, to be raised when what is in a file changes.
 FORMAT = 1
@@ -42,25 +43,29 @@ class FeatureStore:
     def __init__(self, root: Path, spec: TileSpec, *, encoder: str, fingerprint: str, precision: str, dim: int) -> None:
         key = json.dumps([FORMAT, encoder, fingerprint, precision, asdict(spec)])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        self.folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', encoder)}-{digest}"
+        self.folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', encoder)[:NAME_BYTES]}-{digest}"
         self.spec = spec
         self.dim = dim
 
-    def file(self, slide: Path) -> Path:
+    def file(self, slide: Path, mpp_um: float | None = None) -> Path:
         """Where the features of a slide's file are, or would be.
+
+        Args:
+            mpp_um: level-0 resolution of the slide in place of what its file states, here and below.
 
         Raises:
             SlideError: there is no such slide.
         """
-        return self.folder / f"{cache_key(slide, self.spec)}.safetensors"
+        return self.folder / f"{cache_key(slide, self.spec, mpp_um)}.safetensors"
 
-    def has(self, slide: Path, tiling: Tiling) -> bool:
+    def has(self, slide: Path, tiling: Tiling, mpp_um: float | None = None) -> bool:
         """Whether the features of a slide's tiles are there; what is damaged is deleted.
 
         Raises:
             SlideError: there is no such slide.
+            OSError: a damaged file cannot be deleted.
         """
-        file = self.file(slide)
+        file = self.file(slide, mpp_um)
         if not file.exists():
             return False
         try:
@@ -73,10 +78,18 @@ class FeatureStore:
         file.unlink()
         return False
 
-    def save(self, slide: Path, tiling: Tiling, features: Tensor) -> None:
-        """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all."""
-        with replacing(self.file(slide)) as unfinished:
-            save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
+    def save(self, slide: Path, tiling: Tiling, features: Tensor, mpp_um: float | None = None) -> None:
+        """Write the features of a slide's tiles, fp32 `[N, D]`, whole or not at all.
+
+        Raises:
+            SlideError: there is no such slide.
+            OSError: they cannot be written.
+        """
+        with replacing(self.file(slide, mpp_um)) as unfinished:
+            try:
+                save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(str(error)) from None
 
 
 class FeatureReader(TileReader):
@@ -89,14 +102,16 @@ class FeatureReader(TileReader):
     def _empty(self, n: int) -> Tensor:
         return torch.empty((n, self._store.dim), dtype=torch.float32, pin_memory=self._pin)
 
-    def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
-        file = self._store.file(path)
-        try:
+    def _read(self, request: TileRequest, out: np.ndarray) -> None:
+        path = request.path
+        file = self._store.file(path, request.mpp_um)
+
+        def attempt() -> None:
             with safe_open(file, framework="pt") as kept:  # maps the file, and reads what is looked at
                 places, features = kept.get_tensor("coords").numpy(), kept.get_tensor("features").numpy()
-        except (SafetensorError, OSError) as error:
-            raise SlideError(f"{path}: cannot read its features in {file}: {error}") from None
-        out[:] = features[_rows(places, coords, path)]
+            out[:] = features[_rows(places, request.coords, path)]
+
+        reading(file, f"{path}: cannot read its features in {file}", attempt, (SafetensorError, OSError))
 
 
 def _rows(places: np.ndarray, coords: np.ndarray, slide: Path) -> np.ndarray:

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from slidescale.engine.data.slide import Slide
-from slidescale.engine.data.tiling import TileSpec
+from slidescale.engine.data.tiling import TileSpec, exact_corners
 from slidescale.engine.errors import SlideError
 
 
 @dataclass(frozen=True, eq=False)
 class TileRequest:
-    """Tiles of one slide that this rank wants: `coords` is int64 `[n, 2]`, level-0 (x, y)."""
+    """Tiles of one slide that this rank wants.
+
+    Attributes:
+        coords: int64 `[n, 2]`, level-0 (x, y) of tiles of the slide's grid, as `Tiling.coords`.
+        mpp_um: level-0 resolution in place of what the file states.
+    """
 
     path: Path
     coords: np.ndarray
+    mpp_um: float | None = None
 
 
 class Reading:
@@ -70,11 +76,16 @@ class TileReader:
         self._mine = threading.local()
 
     def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
-        """Answer requests in order, with up to `depth` more of them under way than the one handed out."""
+        """Answer requests in order, with up to `depth` more of them under way than the one handed out.
+
+        A slide that could not be read is not tried again for later requests of the same call, which fail at once: its
+        tries take seconds, and the slide is of no use without these tiles.
+        """
         under_way: deque[Reading] = deque()
+        failed: dict[Path, SlideError] = {}
         try:
             for request in requests:
-                under_way.append(self._start(request))
+                under_way.append(self._start(request, failed))
                 if len(under_way) > depth:
                     yield under_way.popleft()
             while under_way:
@@ -91,38 +102,54 @@ class TileReader:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _start(self, request: TileRequest) -> Reading:
+    def _start(self, request: TileRequest, failed: dict[Path, SlideError]) -> Reading:
         tiles = self._empty(len(request.coords))
         # Contiguous parts, so that a thread meets neighbouring tiles and reuses what OpenSlide has just decoded.
         parts = np.array_split(np.arange(len(tiles)), self._threads)
         return Reading(
             tiles,
             [
-                self._pool.submit(self._read, request.path, request.coords[part], tiles.numpy()[part[0] : part[-1] + 1])
+                self._pool.submit(
+                    self._read_once,
+                    replace(request, coords=request.coords[part]),
+                    tiles.numpy()[part[0] : part[-1] + 1],
+                    failed,
+                )
                 for part in parts
                 if len(part)
             ],
         )
 
+    def _read_once(self, request: TileRequest, out: np.ndarray, failed: dict[Path, SlideError]) -> None:
+        if request.path in failed:
+            raise failed[request.path]
+        try:
+            self._read(request, out)
+        except SlideError as error:
+            failed[request.path] = error
+            raise
+
     def _empty(self, n: int) -> Tensor:
         side = self.spec.tile_px
         return torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
 
-    def _read(self, path: Path, coords: np.ndarray, out: np.ndarray) -> None:
+    def _read(self, request: TileRequest, out: np.ndarray) -> None:
         size = (self.spec.tile_px, self.spec.tile_px)
         try:
-            slide = self._open(path)
-            for tile, (x, y) in zip(out, coords, strict=True):
-                tile[:] = slide.read(int(x), int(y), size, self.spec.mpp_um)
+            slide = self._open(request.path, request.mpp_um)
+            corners = exact_corners(request.coords, self.spec.side_px(slide))
+            for tile, (x, y) in zip(out, corners.tolist(), strict=True):
+                tile[:] = slide.read(x, y, size, self.spec.mpp_um)
         except SlideError:
             self._close_mine()  # OpenSlide never recovers from an error
             raise
 
-    def _open(self, path: Path) -> Slide:
+    def _open(self, path: Path, mpp_um: float | None) -> Slide:
         slide: Slide | None = getattr(self._mine, "slide", None)
-        if slide is None or slide.path != path:
+        if slide is None or self._mine.opened != (path, mpp_um):
             self._close_mine()
-            slide = self._mine.slide = Slide(path, default_mpp_um=self.spec.default_mpp_um)
+            slide = self._mine.slide = Slide(path, default_mpp_um=self.spec.default_mpp_um, mpp_um=mpp_um)
+            self._mine.opened = (path, mpp_um)
         return slide
 
     def _close_mine(self) -> None:

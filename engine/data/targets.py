@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from slidescale.engine.config import DataConfig
+from slidescale.engine.data.problems import Problem
+from slidescale.engine.data.table import Record
 from slidescale.engine.objective import regression_scale, survival_edges
-
-# (row number, cells) and (row number, what is wrong with it); the header is row 1, and 0 is the file as a whole.
-Record = tuple[int, dict[str, str]]
-Problem = tuple[int, str]
 
 # As spreadsheets and pandas write them; a column of integers with gaps becomes one of floats there.
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
-MISSING = {"", "na", "nan"}
+# How R, pandas, databases and Excel write that there is nothing, in lower case; and the errors of Excel's formulas.
+MISSING = {"", "na", "n/a", "nan", "-nan", "<na>", "none", "null", "nat", "#n/a", "#na"}
+MISSING |= {"#ref!", "#value!", "#name?", "#div/0!", "#null!", "#num!"}
 
 
 @dataclass
@@ -50,6 +50,17 @@ def read_targets(records: list[Record], config: DataConfig) -> Targets:
             return _survival(records, config)
 
 
+def is_missing(cell: str) -> bool:
+    """Whether a cell stands for nothing."""
+    return cell.lower() in MISSING
+
+
+def is_unlabelled(cell: str, config: DataConfig) -> bool:
+    """Whether a label stands for nothing; a class may be called "None" where the settings name it so."""
+    named = config.supervision == "classes" and (cell in config.classes or cell in config.label_map)
+    return is_missing(cell) and not named
+
+
 def near(name: str, candidates: Iterable[str]) -> str:
     """The question whether another name was meant, if one is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
@@ -58,31 +69,30 @@ def near(name: str, candidates: Iterable[str]) -> str:
 
 def _classes(records: list[Record], config: DataConfig) -> Targets:
     """Index of the class."""
-    labels = [
-        (number, config.label_map.get(record[config.label_column], record[config.label_column]))
-        for number, record in records
-    ]
+    cells = [(number, record[config.label_column]) for number, record in records]
+    labels = [(number, config.label_map.get(cell, cell)) for number, cell in cells if not is_unlabelled(cell, config)]
     train = {number for number, record in records if record[config.split_column] == "train"}
-    in_train = Counter(label for number, label in labels if number in train and label)
+    in_train = Counter(label for number, label in labels if number in train)
     targets = Targets(config.classes or tuple(sorted(in_train)))
     source = "data.classes" if config.classes else "the labels of the train split"
     for number, label in labels:
         if label in targets.names:
             targets.values[number] = (float(targets.names.index(label)),)
-        elif label:
+        else:
             problem = f"label {label!r} is not among {source}: {', '.join(targets.names)}"
-            targets.problems.append((number, problem + near(label, targets.names)))
+            kind = "a label that is not a class"
+            targets.problems.append(Problem(number, problem + near(label, targets.names), kind))
     absent = [name for name in targets.names if name not in in_train]
     if absent and in_train:
-        targets.problems.append((0, f"no train slide has label {', '.join(map(repr, absent))}"))
+        targets.problems.append(Problem(0, f"no train slide has label {', '.join(map(repr, absent))}"))
     if len(targets.names) < 2 and in_train:
         problem = f"all train slides have one label, {targets.names[0]!r}; there is nothing to tell apart"
-        targets.problems.append((0, problem))
+        targets.problems.append(Problem(0, problem))
     if not config.classes:  # with them, a label that was not renamed is told of above
         written = {record[config.label_column] for _, record in records}
         unused = [name for name in config.label_map if name not in written]
         targets.problems += [
-            (0, f"data.label_map renames {name!r}, which no row has{near(name, written)}") for name in unused
+            Problem(0, f"data.label_map renames {name!r}, which no row has{near(name, written)}") for name in unused
         ]
     return targets
 
@@ -97,13 +107,13 @@ def _multi_label(records: list[Record], config: DataConfig) -> Targets:
             cell = record[column]
             if cell in BINARY:
                 values.append(BINARY[cell])
-            elif cell.lower() in MISSING:
+            elif is_missing(cell):
                 values.append(math.nan)
             else:
                 wrong.append(f"{column} {cell!r} is not 0 or 1; leave the cell empty where it is not known")
         if not wrong and all(map(math.isnan, values)):
             wrong.append(f"none of {', '.join(columns)} is known; leave the row out")
-        targets.problems += [(number, problem) for problem in wrong]
+        targets.problems += [Problem(number, problem, "labels that are not 0, 1 or missing") for problem in wrong]
         if not wrong:
             targets.values[number] = tuple(values)
     train = targets.of_train(records, config)
@@ -111,7 +121,7 @@ def _multi_label(records: list[Record], config: DataConfig) -> Targets:
         seen = {values[index] for values in train}
         if train and not {0.0, 1.0} <= seen:
             absent = " or ".join(f"{value:.0f}" for value in (0.0, 1.0) if value not in seen)
-            targets.problems.append((0, f"no train slide has {column} {absent}; there is nothing to tell apart"))
+            targets.problems.append(Problem(0, f"no train slide has {column} {absent}; there is nothing to tell apart"))
     return targets
 
 
@@ -122,13 +132,14 @@ def _regression(records: list[Record], config: DataConfig) -> Targets:
     for number, record in records:
         if (value := _number(record[column])) is not None:
             targets.values[number] = (value,)
-        elif record[column]:
-            targets.problems.append((number, f"{column} {record[column]!r} is not a finite number"))
+        elif not is_missing(record[column]):
+            problem = f"{column} {record[column]!r} is not a finite number"
+            targets.problems.append(Problem(number, problem, f"{column} is not a finite number"))
     if train := targets.of_train(records, config):
         try:
             regression_scale(train)
         except ValueError as error:
-            targets.problems.append((0, f"{column} of the train split: {error}"))
+            targets.problems.append(Problem(0, f"{column} of the train split: {error}"))
     return targets
 
 
@@ -138,20 +149,20 @@ def _survival(records: list[Record], config: DataConfig) -> Targets:
     for number, record in records:
         time_cell, event_cell = record[config.label_column], record[config.event_column]
         time, event = _number(time_cell), BINARY.get(event_cell)
-        if time_cell and (time is None or time <= 0):
+        if not is_missing(time_cell) and (time is None or time <= 0):
             advice = "leave the row out, or give half a unit" if time == 0 else "leave the row out"
             problem = f"{config.label_column} {time_cell!r} is not a time above 0; {advice}"
-            targets.problems.append((number, problem))
-        if event_cell and event is None:
+            targets.problems.append(Problem(number, problem, f"{config.label_column} is not a time above 0"))
+        if not is_missing(event_cell) and event is None:
             problem = f"{config.event_column} {event_cell!r} is not 1 (observed) or 0 (censored)"
-            targets.problems.append((number, problem))
+            targets.problems.append(Problem(number, problem, f"{config.event_column} is not 1 or 0"))
         if time is not None and time > 0 and event is not None:
             targets.values[number] = (time, event)
     if train := targets.of_train(records, config):
         try:
             survival_edges(train, config.survival_bins)
         except ValueError as error:
-            targets.problems.append((0, f"train split: {error}; use fewer --data.survival-bins"))
+            targets.problems.append(Problem(0, f"train split: {error}; use fewer --data.survival-bins"))
     return targets
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from slidescale.engine.config import Config
+from slidescale.engine.ds_config import offload_device
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.evaluation import CHUNKS_AHEAD
 from slidescale.engine.memory.footprint import Footprint, measure, measure_forward
@@ -75,7 +76,7 @@ def plan_run(
     assert footprint is not None
     zero = (ds_config or {}).get("zero_optimization", {})
     shards = mesh.tiles.size if config.parallel.fsdp_shard == "tiles" else mesh.world.size
-    offload_parameters = _is_offloaded(zero.get("offload_param")) or config.parallel.fsdp_offload
+    offload_parameters = bool(offload_device(zero, "offload_param")) or config.parallel.fsdp_offload
     optimizer = str((ds_config or {}).get("optimizer", {}).get("type", config.optim.optimizer)).lower()
     state = model_state(
         footprint,
@@ -83,7 +84,7 @@ def plan_run(
         ranks=shards,
         # DeepSpeed's other optimizers keep Adam's two moments too, or fewer.
         optimizer=cast(OptimizerName, optimizer if optimizer in MOMENTS else "adamw"),
-        offload_optimizer=_is_offloaded(zero.get("offload_optimizer")),
+        offload_optimizer=bool(offload_device(zero, "offload_optimizer")),
         offload_parameters=offload_parameters,
         fsdp_hold=config.parallel.fsdp_hold,
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
@@ -197,10 +198,6 @@ def _budget(config: Config, mesh: Mesh, device: torch.device) -> int:
     else:
         budget = parse_size(config.memory.budget, "--memory.budget")
     return min(mesh.world.gather_objects(budget))
-
-
-def _is_offloaded(section: dict[str, Any] | None) -> bool:
-    return (section or {}).get("device", "none") != "none"
 
 
 def _to_come(state: ModelState, footprint: Footprint, strategy: str, shards: int, *, on_host: bool) -> int:

@@ -12,6 +12,7 @@ from slidescale.engine.errors import ConfigError
 
 GIB = 1024**3
 UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": GIB, "TiB": 1024**4}
+DECIMAL_UNITS = {"kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 
 # What a container, or a cluster's scheduler, may take and has taken: control groups of version 2 and 1.
 CONTAINER_LIMITS = [
@@ -25,15 +26,17 @@ MMAP_MAX = 65536  # glibc's own
 
 
 def parse_size(text: str, setting: str) -> int:
-    """Bytes of a size such as "8GiB" or "512 MiB".
+    """Bytes of a size such as "8GiB" or "512 MiB", or "24 GB": 24 · 10⁹, a little less than 24 GiB.
 
     Raises:
         ConfigError: names the setting.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]iB|B)", text.strip())
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f"{setting} is {text!r}: must be a size such as 8GiB (units: {', '.join(UNITS)})")
-    return int(float(match[1]) * UNITS[match[2]])
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): size for unit, size in (UNITS | DECIMAL_UNITS).items()}
+    if not match or float(match[1]) == 0 or match[2].lower() not in units:
+        known = ", ".join((*UNITS, *DECIMAL_UNITS))
+        raise ConfigError(f"{setting} is {text!r}: must be a size such as 8GiB or 24GB (units: {known})")
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def format_size(size: float) -> str:

@@ -1,7 +1,8 @@
 """Tile encoders: any timm model, from uint8 tiles to one feature vector a tile."""
 
 import difflib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ from slidescale.engine.models.foundation import (
 from slidescale.engine.models.lora import add_adapters
 from slidescale.engine.models.packaged import ARCHITECTURE, PACKAGED_ENCODER, packaged_weights
 from slidescale.engine.models.tile_prep import TilePrep
+from slidescale.engine.models.trial import refusal, try_network, turn_off_dropout
+from slidescale.engine.models.weight_file import own_names, read_weight_file
 from slidescale.kernels.dispatch import KernelName
+
+log = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -32,10 +37,16 @@ class Encoder(nn.Module):
     Its BatchNorm layers stay in evaluation mode whatever mode the model is in: batch statistics would depend on
     how a slide is cut into chunks and would be updated twice by the two passes. Their scale and shift train.
 
+    Dropout of timm's own is off, whatever its default: the one thing that is left out at random is a tile's residual
+    block (`drop_path`). Where a network cuts tiles into windows, its layers see a tile's windows in a row, and all of
+    them are left out or none.
+
+    A few tiles without content go through the network as it is made (see `models/trial.py`).
+
     Args:
         name: a timm model name, e.g. "resnet50_gn" or "hf-hub:owner/model", one of the `FOUNDATION_MODELS`, or
             "efficientnet_lite0_packaged" (see `packaged.py`).
-        tile_px: side of a tile in pixels; a model of fixed input size is built for it.
+        tile_px: side of a tile in pixels; a model of fixed input size is built for it, if timm can.
         pretrained: load the published weights (from the hub or the local hub cache, or the package).
         weights: a local state dict (.pth, .bin, .safetensors) to load instead.
         drop_path: largest probability of leaving out a residual block for a tile (stochastic depth: Huang et al.
@@ -46,8 +57,9 @@ class Encoder(nn.Module):
         kernels: that prepare the tiles.
 
     Raises:
-        ConfigError: unknown name (with near matches), weights that are not there or named twice, or a network that
-            has no residual blocks to leave out or no layers to adapt.
+        ConfigError: unknown name (with near matches); weights that are not there, are named twice, cannot be read or
+            do not fit; a network that cannot take such tiles or does not give one vector for each, or has no residual
+            blocks to leave out or no layers to adapt.
     """
 
     def __init__(
@@ -68,12 +80,9 @@ class Encoder(nn.Module):
         self.name = known[0] if known else name
         backbone = _create(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
-        # timm's num_features is the backbone's width; some models have a last layer of another before the classifier.
-        self.dim: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
-        self.prefix_tokens = None
-        if known:
-            self.dim = known[1].dim
-            self.prefix_tokens = backbone.num_prefix_tokens if known[1].concatenates else None
+        turn_off_dropout(backbone, keep_paths=drop_path > 0)
+        self.prefix_tokens: int | None = backbone.num_prefix_tokens if known and known[1].concatenates else None
+        self.dim: int = try_network(backbone, name, tile_px, self._pool)
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.prepare = TilePrep(
             data_config["mean"], data_config["std"], augment_symmetry=augment_symmetry, stain_jitter=stain_jitter,
@@ -88,10 +97,7 @@ class Encoder(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 `[n, H, W, 3]` to features `[n, D]`."""
-        features = self.backbone(self.prepare(tiles))
-        if self.prefix_tokens is not None:
-            return class_and_patch_tokens(features, self.prefix_tokens)
-        return features
+        return self._pool(self.backbone(self.prepare(tiles)))
 
     def train(self, mode: bool = True) -> "Encoder":
         """Set training or evaluation mode; BatchNorm layers stay in evaluation mode."""
@@ -116,6 +122,12 @@ class Encoder(nn.Module):
                 f"--memory.checkpoint-blocks: timm has no activation checkpointing for {self.name} ({error}); "
                 "leave it off and take a smaller --memory.chunk, or take another --model.encoder"
             ) from None
+
+    def _pool(self, output: Tensor) -> Tensor:
+        """What the backbone returns, to features `[n, D]`."""
+        if self.prefix_tokens is not None:
+            return class_and_patch_tokens(output, self.prefix_tokens)
+        return output
 
     def has_batch_norm(self) -> bool:
         """Whether some of its statistics stay as they are."""
@@ -154,26 +166,67 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
         raise ConfigError(f"model.pretrained and model.weights={weights} both name weights: choose one")
     if weights and not weights.is_file():
         raise ConfigError(f"model.weights: no file {weights}")
-    options: dict = {"drop_path_rate": drop_path} if drop_path else {}
+    known = find_foundation_model(name)
+    architecture = ARCHITECTURE if name == PACKAGED_ENCODER else name
+    if not known:
+        _require_known(architecture)
+    published = pretrained and name != PACKAGED_ENCODER
+
+    def build(*, pretrained: bool, weights: Path | None) -> Any:
+        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        if known:
+            file = str(weights) if weights else None
+            return create_foundation_model(*known, tile_px, pretrained=pretrained, weights=file, **options)
+        return _create_timm(architecture, tile_px, pretrained=pretrained, weights=weights, **options)
+
     try:
-        if known := find_foundation_model(name):
-            return create_foundation_model(
-                *known, tile_px, pretrained=pretrained, weights=str(weights) if weights else None, **options
-            )
-        if name == PACKAGED_ENCODER:
-            backbone = _create_timm(ARCHITECTURE, tile_px, pretrained=False, weights=weights, **options)
-            if pretrained:
-                classifier = ("classifier.weight", "classifier.bias")
-                state = packaged_weights()
-                backbone.load_state_dict({key: state[key] for key in state if key not in classifier})
-            return backbone
-        return _create_timm(name, tile_px, pretrained=pretrained, weights=weights, **options)
-    except TypeError as error:  # timm hands options on to the network's constructor, and not every one has this
-        if "drop_path_rate" in str(error):
-            raise ConfigError(_no_drop_path(name, drop_path)) from None
+        if weights:
+            return _with_weights(name, weights, build)
+        if published:  # the hub's library tries again for a minute where there is no network
+            log.info("weights: looking for those of %s in this machine's cache, and on the hub", name)
+        with _quiet_hub():
+            backbone = build(pretrained=published, weights=None)
+    except ConfigError:
         raise
-    except (RuntimeError, ValueError, OSError) as error:  # an unknown tag, weights that do not fit, no network
-        raise ConfigError(f"model.encoder {name}: {error}") from error
+    except Exception as error:  # timm, the hub's library and the network's constructor have many ways to refuse
+        # timm hands options on to the network's constructor, and not every one has this.
+        if isinstance(error, TypeError) and "drop_path_rate" in str(error):
+            raise ConfigError(_no_drop_path(name, drop_path)) from None
+        if published and _is_about_access(error):
+            raise ConfigError(_no_access(name, error)) from error
+        if isinstance(error, (RuntimeError, ValueError, OSError)):  # an unknown tag, weights that do not fit
+            raise ConfigError(f"model.encoder {name}: {error}") from error
+        config = timm.get_pretrained_cfg(architecture, allow_unregistered=True) if ":" not in architecture else None
+        raise ConfigError(refusal(name, tile_px, error, config=config)) from error
+    if pretrained and name == PACKAGED_ENCODER:
+        classifier = ("classifier.weight", "classifier.bias")
+        state = packaged_weights()
+        backbone.load_state_dict({key: state[key] for key in state if key not in classifier})
+    return backbone
+
+
+def _with_weights(name: str, path: Path, build: Callable[..., Any]) -> Any:
+    """Build a network with the weights of a file, which timm resizes and filters exactly as it does published ones."""
+    with torch.device("meta"):
+        expected = build(pretrained=False, weights=None).state_dict().keys()
+    state = read_weight_file(path, expected)
+    with mock.patch("timm.models._builder.load_state_dict", return_value=state), _noting_missing_keys() as missing:
+        try:
+            backbone = build(pretrained=False, weights=path)
+        except (RuntimeError, ValueError, KeyError) as error:  # of other shapes, or without what timm's filter reads
+            raise ConfigError(f"model.encoder {name}: model.weights {path} does not fit: {error}") from error
+    if missing:
+        raise ConfigError(
+            f"model.weights: {path} is not of {name}: of its {len(expected)} tensors, {len(missing)} are not in the "
+            f"file, such as {missing[0]}; {own_names(state, expected)}"
+        )
+    return backbone
+
+
+def _require_known(name: str) -> None:
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *FOUNDATION_MODELS], n=5, cutoff=0.5)
+        raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
 
 
 def timm_recipe(name: str, tile_px: int) -> tuple[str, dict[str, Any]]:
@@ -188,21 +241,41 @@ def timm_recipe(name: str, tile_px: int) -> tuple[str, dict[str, Any]]:
 
 
 def _create_timm(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, **options: Any) -> Any:
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, [*timm.list_models(), *FOUNDATION_MODELS], n=5, cutoff=0.5)
-        raise ConfigError(f"model.encoder: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     if weights:
-        # timm then resizes and filters these exactly as it does the published ones.
-        options |= {"pretrained_cfg_overlay": {"file": str(weights)}}
+        # Not from the hub, also where the name is of a model there.
+        options |= {"pretrained_cfg_overlay": {"file": str(weights), "source": ""}}
     options |= timm_recipe(name, tile_px)[1]
-    with _noting_missing_keys() as missing:
-        backbone = timm.create_model(name, num_classes=0, pretrained=pretrained or bool(weights), **options)
-    if weights and missing:
-        raise ConfigError(
-            f"model.weights: {weights} is not of {name}: of its {len(backbone.state_dict())} tensors, {len(missing)} "
-            f"are not in the file, such as {missing[0]}"
-        )
-    return backbone
+    return timm.create_model(name, num_classes=0, pretrained=pretrained or bool(weights), **options)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub library's lines on each of its attempts; the last failure is told as an error."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm.models._hub", "timm.models._builder")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _is_about_access(error: BaseException) -> bool:
+    """Whether weights could not be fetched: the hub's library, and that by which it asks, have errors of their own."""
+    return isinstance(error, OSError) or not isinstance(
+        error, (RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+    )
+
+
+def _no_access(name: str, error: BaseException) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"--model.pretrained: cannot get the weights of {name}, which are not in this machine's cache "
+        f"({type(error).__name__}: {reason}). Where there is no internet, bring their file: --model.no-pretrained "
+        "--model.weights FILE; or start from random weights: --model.no-pretrained"
+    )
 
 
 @contextmanager

@@ -182,8 +182,8 @@ def create_foundation_model(
             **model.options,
             **options,
         )
-    except OSError as error:
-        if weights is not None:
+    except Exception as error:  # the hub's library has errors of its own, and those of the library that it asks by
+        if weights is not None or not pretrained:
             raise
         raise ConfigError(
             f"--model.pretrained: cannot get {name} from the Hugging Face hub ({_first_line(error)}). Its weights are "

@@ -37,8 +37,8 @@ def add_adapters(backbone: nn.Module, rank: int, example: Tensor) -> None:
     called = _called_linear_layers(backbone, example)
     if not called:
         raise ConfigError(
-            f"--model.lora-rank: {type(backbone).__name__} has no linear layers to adapt; "
-            "take a transformer or ConvNeXt as --model.encoder, or train its weights (--model.lora-rank 0)"
+            f"--model.lora-rank: {type(backbone).__name__} has no linear layers to adapt: "
+            "take a transformer as --model.encoder, or train its weights (--model.lora-rank 0)"
         )
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     if uncalled := [name for name in linear if name not in called]:

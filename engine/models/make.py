@@ -1,6 +1,7 @@
 """The model that a config asks for."""
 
 import logging
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from slidescale.engine.memory.two_pass import seeded
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.foundation import find_foundation_model
+from slidescale.engine.models.packaged import PACKAGE, PACKAGED_ENCODER
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.kernels.dispatch import KernelName
 
@@ -50,9 +52,28 @@ def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName)
 
 
 def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
-    """Tell of a foundation model's source and licence, and warn of an encoder that can hardly learn as it is set up."""
+    """Tell where an encoder's weights come from, of a foundation model also its source and licence, and warn of one
+    that can hardly learn as it is set up.
+    """
     settings = config.model
     known = find_foundation_model(settings.encoder)
+    told = logging.INFO
+    if settings.weights:
+        weights = f"those in {settings.weights}"
+    elif not settings.pretrained:
+        weights = "RANDOM"
+        if config.data.manifest is not None:
+            weights += "; use --model.pretrained or --model.weights FILE, unless that is meant"
+            told = logging.WARNING
+    elif settings.encoder == PACKAGED_ENCODER:
+        weights = f"ImageNet's, of the package {PACKAGE}"
+    elif known:
+        weights = f"those of https://huggingface.co/{known[1].hub}"
+    else:
+        published: Any = getattr(encoder.backbone, "pretrained_cfg", {})
+        tag = published.get("tag")
+        weights = f"those that timm has for {settings.encoder.split('.')[0]}" + (f" under the tag {tag}" if tag else "")
+    log.log(told, "weights: %s", weights)
     if known:
         log.info("encoder %s: %s; licence: %s", known[0], known[1].source, known[1].licence)
     if settings.pretrained or settings.weights:

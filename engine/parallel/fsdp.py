@@ -4,6 +4,9 @@ What `fully_shard` does under many backwards a step, with graphs of several chun
 assumed, and `tests/test_equivalence.py` pins it.
 """
 
+import collections
+import io
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -27,7 +33,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from slidescale.engine.errors import UserError
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.state_files import load_known, load_plain
 from slidescale.engine.parallel.strategy import TorchStrategy
 
 # It warns of outputs that are views, which an in-place operation would cut from its hooks; the step has none on them.
@@ -36,6 +44,23 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 # Blocks of the encoder with at least this many parameters are gathered one at a time; smaller ones are not worth a
 # message of their own and are gathered with what surrounds them.
 UNIT_NUMEL = 1_000_000
+
+# All that the metadata of a distributed checkpoint may name. None of these does anything but hold values.
+_IN_METADATA: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.BytesStorageMetadata,
+        metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata, metadata.TensorProperties,
+        metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo,
+    )
+}  # fmt: skip
+_IN_METADATA |= {
+    (kind.__module__, kind.__name__): kind for kind in (pathlib.PosixPath, pathlib.WindowsPath, collections.OrderedDict)
+}
+_IN_METADATA |= {
+    ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.layout)
+}
+_IN_METADATA |= {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 
 
 class FsdpStrategy(TorchStrategy):
@@ -121,7 +146,11 @@ class FsdpStrategy(TorchStrategy):
     def load(self, folder: Path) -> None:
         """Read `save`'s shards, on any number of ranks."""
         state = self._state()
-        dcp.load(state, checkpoint_id=folder / "state")
+        try:
+            dcp.load(state, storage_reader=_Reader(folder / "state"), planner=_Planner())
+        except CheckpointException as error:  # the same on every rank
+            cause, _ = next(iter(error.failures.values()))
+            raise cause if isinstance(cause, UserError) else UserError(f"cannot load {folder}: {cause}") from None
         set_state_dict(
             self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -132,6 +161,35 @@ class FsdpStrategy(TorchStrategy):
         model, optimizer = get_state_dict(self.model, self._optimizer)
         scheduler = self._scheduler.state_dict() if self._scheduler else {}
         return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
+class _Reader(filesystem.FileSystemReader):
+    """Reads checkpoints as PyTorch does, without running what their metadata, which are a pickle, may hold.
+
+    Raises:
+        UserError: the metadata hold something else, or are damaged; on every rank alike, for all read the same file.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self._metadata = load_known(folder / ".metadata", _IN_METADATA)
+        if not isinstance(self._metadata, metadata.Metadata):
+            raise UserError(f"{folder / '.metadata'} is damaged: it is a {type(self._metadata).__name__}")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """Say what the checkpoint holds and where; called once for each load."""
+        self._metadata.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads what is not a tensor (counts, rates) as plain values."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Hand a value on to PyTorch's planner, once it is known to be plain."""
+        load_plain(value, f"{read_item.dest_index.fqn} of the checkpoint")
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def _units(module: nn.Module, numel: int) -> Iterator[nn.Module]:

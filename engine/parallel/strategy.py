@@ -5,7 +5,7 @@ A strategy owns the model from the moment it wraps it, and is all that the train
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.errors import TrainingError
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.state_files import load_state
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class Strategy(ABC):
         """A parameter's value, put together from all ranks, each of which calls this."""
         return parameter.detach()
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name, as far as this rank holds it, flat or in shape; and, where the strategy has it
+        at hand, the optimizer's state.
+        """
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule under `folder`; every rank calls it."""
@@ -126,8 +134,7 @@ class TorchStrategy(Strategy):
         norms = gradient_norms(self.model)
         check_gradient_norm(norms.total)
         if self._clip:
-            total = torch.tensor(norms.total, device=self.device)
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, total)
+            clip_gradients(self.model, norms, self._clip)
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
@@ -137,6 +144,14 @@ class TorchStrategy(Strategy):
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's own."""
         return self._optimizer.param_groups
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, or this rank's shards of them, and the optimizer's state of each."""
+        for name, parameter in self.model.named_parameters():
+            yield name, _local(parameter.detach())
+            for kind, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"the optimizer's {kind} of {name}", _local(value)
 
 
 class SingleStrategy(TorchStrategy):
@@ -165,7 +180,7 @@ class SingleStrategy(TorchStrategy):
 
     def load(self, folder: Path) -> None:
         """Read `state.pt`."""
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        state = load_state(folder / "state.pt", self.device)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
@@ -187,10 +202,12 @@ def gradient_norms(model: SlideModel) -> GradientNorms:
     copies: set[int] = set()
     for half, module in (("aggregator", model.aggregator), ("encoder", model.encoder)):
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        shards = [_local(grad) for grad in grads]
         if shards:
-            # In doubles, so that the square of a large norm does not pass for an infinite one.
-            squares[half] = torch.nn.utils.get_total_norm(shards).double().square()
+            # Summed in doubles: a sum of millions of fp32 squares is off by its first digits on a CPU, where it is
+            # taken one after another, and the square of a large norm would pass for an infinite one.
+            norms = torch.stack(torch._foreach_norm(shards, 2.0, dtype=torch.float64))
+            squares[half] = norms.square().sum()
         copies |= {_copies(grad) for grad in grads if isinstance(grad, DTensor)}
     stacked = torch.stack(list(squares.values()))
     if copies:
@@ -199,6 +216,23 @@ def gradient_norms(model: SlideModel) -> GradientNorms:
         dist.all_reduce(stacked)
     halves = dict(zip(squares, stacked.sqrt().tolist(), strict=True))
     return GradientNorms(math.hypot(*halves.values()), halves)
+
+
+def clip_gradients(model: SlideModel, norms: GradientNorms, clip: float) -> None:
+    """Scale all gradients so that their joint norm is at most `clip`."""
+    device = next(model.parameters()).device
+    total = torch.tensor(norms.total, dtype=torch.float64, device=device)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
+
+
+def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those that have a value that is NaN or infinite."""
+    found = [(name, value.isfinite().all()) for name, value in tensors if value.is_floating_point()]
+    return [name for name, finite in found if not finite]
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _copies(sharded: DTensor) -> int:
