@@ -279,7 +279,11 @@ class OptimConfig:
     """Largest gradient norm a step is taken with; 0 never clips."""
     class_weights: tuple[float, ...] = ()
     """Factor on the loss of each class, in the order of data.classes, or (multi_label) on that of slides that have a
-    label, in the order of data.label_columns; empty: 1 for all."""
+    label, in the order of data.label_columns; empty: 1 for all. All are divided by their mean over the train split's
+    slides, so that learning rate and clipping mean the same with them."""
+    censored_alpha: float = 0.0
+    """Survival: a censored patient's loss counts 1 - alpha times as much as an observed one's, as alpha in MCAT's and
+    CLAM's losses."""
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -300,6 +304,7 @@ class OptimConfig:
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must be a share from 0 to 1")
         _require(self.clip >= 0, "optim.clip", self.clip, "must be 0 or a norm")
         _require(all(w > 0 for w in self.class_weights), "optim.class_weights", self.class_weights, "must be positive")
+        _require(0 <= self.censored_alpha < 1, "optim.censored_alpha", self.censored_alpha, "must be 0 to 1, and not 1")
 
 
 @dataclass(frozen=True, kw_only=True)

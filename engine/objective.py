@@ -53,7 +53,7 @@ class CrossEntropy(Objective):
     """Cross-entropy of one of several classes, times the weight of the slide's class. The target is its index `[1]`.
 
     Args:
-        class_weights: one factor a class; empty: 1 for all.
+        class_weights: one factor per class; empty: 1 for all. `fit_objective` makes their mean over slides 1.
     """
 
     supervision = "classes"
@@ -86,15 +86,19 @@ class MultiLabel(Objective):
     of zero that still depends on the logits, so that every rank makes the same backward.
 
     Args:
-        positive_weights: one factor a label, on the loss of slides that have it; empty: 1 for all.
+        positive_weights: one factor per label, on the loss of slides that have it; empty: 1 for all.
+        scales: one factor per label, on the loss of all slides; empty: 1 for all. `fit_objective` makes the mean of
+            both factors' product over slides 1.
     """
 
     supervision = "multi_label"
 
-    def __init__(self, positive_weights: Sequence[float], labels: int) -> None:
+    def __init__(self, positive_weights: Sequence[float], labels: int, scales: Sequence[float] = ()) -> None:
         super().__init__()
         self.outputs = labels
         self.positive_weights: Tensor
+        self.scales: Tensor
+        self.register_buffer("scales", torch.tensor(scales or [1.0] * labels))
         self.register_buffer("positive_weights", torch.tensor(positive_weights or [1.0] * labels))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class MultiLabel(Objective):
         losses = binary_cross_entropy_with_logits(
             logits, wanted, pos_weight=self.positive_weights.to(logits.dtype), reduction="none"
         )
-        return (losses * present).sum() / present.sum().clamp(min=1)
+        return (losses * self.scales.to(logits.dtype) * present).sum() / present.sum().clamp(min=1)
 
     def predict(self, logits: Tensor) -> Tensor:
         """Probability of each label `[L]`."""
@@ -112,7 +116,9 @@ class MultiLabel(Objective):
 
     def settings(self) -> dict[str, Any]:
         """As the constructor takes them."""
-        return {"positive_weights": self.positive_weights.tolist(), "labels": self.outputs}
+        return {
+            "positive_weights": self.positive_weights.tolist(), "labels": self.outputs, "scales": self.scales.tolist()
+        }  # fmt: skip
 
 
 class Regression(Objective):
@@ -153,18 +159,21 @@ class Survival(Objective):
     Logit j is that of the hazard h_j: the probability that the event comes in bin j when it has not come before. With
     the slide's time in bin b, an observed event (1) has likelihood h_b Π_{j<b} (1 − h_j), and a patient who was last
     seen without it (0, censored) Π_{j≤b} (1 − h_j), as if seen to the end of that bin (Zadeh & Schmid 2020,
-    doi:10.1109/TPAMI.2020.2979450; for slides: Chen et al. 2021, MCAT, whose extra weight on observed events is left
-    out). Cox's partial likelihood would need the slides still at risk at each event, and a step has one slide.
+    doi:10.1109/TPAMI.2020.2979450; for slides: Chen et al. 2021, MCAT). Cox's partial likelihood would need the slides
+    still at risk at each event, and a step has one slide.
 
     Args:
         edges: `[bins − 1]`, increasing, in the manifest's unit of time; bin j holds edges[j−1] ≤ time < edges[j].
+        censored_alpha: MCAT's α, 0 to 1: a censored patient's loss counts 1 − α times as much as an observed one's.
+            There the loss is (1 − α) times that of all patients, plus α times that of the observed ones.
     """
 
     supervision = "survival"
 
-    def __init__(self, edges: Sequence[float]) -> None:
+    def __init__(self, edges: Sequence[float], censored_alpha: float = 0.0) -> None:
         super().__init__()
         self.outputs = len(edges) + 1
+        self.censored_alpha = censored_alpha
         self.edges: Tensor
         self.register_buffer("edges", torch.tensor(edges, dtype=torch.float64))
 
@@ -176,7 +185,8 @@ class Survival(Objective):
         # log h = logsigmoid(z) and log(1 − h) = logsigmoid(−z): each bin up to the last has a yes or a no.
         happens = (bins == last) & (event == 1)
         logs = torch.where(happens, logsigmoid(logits), logsigmoid(-logits))
-        return -(logs * (bins <= last)).sum()
+        share = (1 - self.censored_alpha * (1 - event)).to(logits.dtype)
+        return -share * (logs * (bins <= last)).sum()
 
     def predict(self, logits: Tensor) -> Tensor:
         """Risk `[1]`, larger for an earlier event: minus the sum over bins of the probability to outlast them."""
@@ -184,7 +194,7 @@ class Survival(Objective):
 
     def settings(self) -> dict[str, Any]:
         """As the constructor takes them."""
-        return {"edges": self.edges.tolist()}
+        return {"edges": self.edges.tolist(), "censored_alpha": self.censored_alpha}
 
 
 def fit_objective(
@@ -194,14 +204,19 @@ def fit_objective(
     *,
     class_weights: Sequence[float],
     survival_bins: int,
+    censored_alpha: float = 0.0,
 ) -> Objective:
     """The objective for a manifest.
+
+    Weights of classes or labels are divided by their mean over the train split's slides: they say what counts more,
+    and leave learning rate, clipping and the size of the loss as they are.
 
     Args:
         outputs: number of classes or labels.
         train_targets: of the train split's slides, which give regression its scale and survival its bins.
         class_weights: of classes, or of positive labels; empty: 1 for all.
         survival_bins: number of bins.
+        censored_alpha: see `Survival`.
 
     Raises:
         ValueError: the targets have no scale (see `regression_scale`), or cannot be cut into as many bins (see
@@ -209,13 +224,13 @@ def fit_objective(
     """
     match supervision:
         case "classes":
-            return CrossEntropy(class_weights, outputs)
+            return CrossEntropy(_with_mean_1(class_weights, train_targets), outputs)
         case "multi_label":
-            return MultiLabel(class_weights, outputs)
+            return MultiLabel(class_weights, outputs, _label_scales(class_weights, train_targets))
         case "regression":
             return Regression(*regression_scale(train_targets))
         case "survival":
-            return Survival(survival_edges(train_targets, survival_bins))
+            return Survival(survival_edges(train_targets, survival_bins), censored_alpha)
 
 
 def make_objective(record: dict[str, Any]) -> Objective:
@@ -225,6 +240,24 @@ def make_objective(record: dict[str, Any]) -> Objective:
     }
     settings = {name: value for name, value in record.items() if name != "supervision"}
     return kinds[record["supervision"]](**settings)
+
+
+def _with_mean_1(weights: Sequence[float], targets: Sequence[tuple[float, ...]]) -> list[float]:
+    """Weights of classes, whose mean over the slides of `targets` is 1."""
+    if not weights:
+        return []
+    mean = np.mean([weights[int(index)] for (index,) in targets])
+    return [float(weight / mean) for weight in weights]
+
+
+def _label_scales(weights: Sequence[float], targets: Sequence[tuple[float, ...]]) -> list[float]:
+    """Of each label, 1 over the mean over its slides of the weight where they have it, and 1 where not."""
+    columns = zip(*targets, strict=True)
+    means = [
+        np.mean([weight if value else 1.0 for value in column if not math.isnan(value)])
+        for weight, column in zip(weights, columns, strict=True)
+    ]
+    return [float(1 / mean) for mean in means]
 
 
 def regression_scale(targets: Sequence[tuple[float, ...]]) -> tuple[float, float]:

@@ -129,12 +129,18 @@ def _fit_objective(config: Config, manifest: Manifest) -> Objective:
         if len(weights) != len(names):
             what = "classes" if manifest.supervision == "classes" else "labels"
             raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
+    if config.optim.censored_alpha and manifest.supervision != "survival":
+        raise ConfigError(
+            f"--optim.censored-alpha is {config.optim.censored_alpha}: is for --data.supervision survival, and that is "
+            f"{manifest.supervision}"
+        )
     return fit_objective(
         manifest.supervision,
         len(names),
         [row.target for row in manifest.split("train")],
         class_weights=weights,
         survival_bins=config.data.survival_bins,
+        censored_alpha=config.optim.censored_alpha,
     )
 
 

@@ -17,12 +17,25 @@ from slidescale.engine.study import StudyConfig, main
 
 from egfr import DEMO, STUDY
 
-ABOUT_DEMO = """\
-The slides are the demo cohort's with small foci, read at 1 µm a pixel in tiles of 32 pixels. There the nuclei that make
+ABOUT_DEMO = """The slides are the demo cohort's with small foci, read at 1 µm a pixel in tiles of 32 pixels. There the nuclei that make
 the difference have a radius of 5 pixels, and those that they must be told from, 2.4. A network from random weights
 learns that from the slides' labels; the features of the frozen encoder, which has seen photographs, hardly hold it. At
-0.5 µm a pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`): what is shown is that gradients
-through all tiles teach an encoder what its slides ask for, and not that a frozen encoder is always worse."""
+0.5 µm a pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`).
+
+**What this shows:** exact gradients through all tiles of drawn slides teach a small network what the slides' labels ask
+for. **What it does not show:**
+
+- That more tiles help for the same work. All arms train for as many epochs, so that "all" computes 88 times as many
+  tiles' gradients as K = 4 does. An arm with as many gradients at a small K is missing.
+- That K = 4 fails for want of gradients. The foci cover 3.5% to 5.5% of the tissue, so that 4 of 10 bags of four tiles
+  touch none: their label is wrong, whatever trains on them.
+- That end to end beats a frozen encoder. The frozen arm is another network (ImageNet's EfficientNet-Lite0, whose stride
+  is as long as the tile's side, so that it sees one position per tile) and not the trained one.
+- How sure any of it is. One cohort, one split, three seeds and 24 validation slides: an AUROC of 0.85 has a 95% interval
+  of about ± 0.15 for the slides alone, and 64 tiles and "all" are not told apart.
+- That it carries over to tissue. On mosaics of real H&E (72 slides, one seed) this small network from random weights
+  learnt nothing in 12 epochs (AUROC 0.38), where the frozen ImageNet encoder reached 0.72, and 0.78 in its best
+  epoch."""
 
 if __name__ == "__main__":
     main(

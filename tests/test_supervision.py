@@ -206,6 +206,37 @@ def test_scale_and_bins_come_from_the_train_split() -> None:
     assert counts.tolist() == [7, 7, 7], "of the observed events alone"
 
 
+def test_weights_do_not_change_the_size_of_the_loss() -> None:
+    """Their mean over the train split's slides is 1, of each label where it is known."""
+    train = [(0.0,)] * 7 + [(1.0,)] * 2 + [(2.0,)]
+    found = fit_objective("classes", 3, train, class_weights=(1.0, 2.0, 8.0), survival_bins=4)
+    weights = found.settings()["class_weights"]
+    assert weights == pytest.approx([1 / 1.9, 2 / 1.9, 8 / 1.9])
+    assert sum(weights[int(index)] for (index,) in train) == pytest.approx(len(train))
+    labels = [(1.0, NAN), (0.0, 1.0), (0.0, 1.0), (NAN, 0.0), (0.0, NAN)]
+    found = fit_objective("multi_label", 2, labels, class_weights=(5.0, 0.5), survival_bins=4)
+    # Logits of 0 cost log 2 with each label, whatever it is.
+    even = torch.zeros(2, dtype=torch.float64)
+    first = sum(found(even, as_target((label, NAN))).item() for label, _ in labels if not math.isnan(label))
+    second = sum(found(even, as_target((NAN, label))).item() for _, label in labels if not math.isnan(label))
+    assert (first, second) == pytest.approx((4 * math.log(2), 3 * math.log(2)))
+
+
+def test_censored_patients_may_count_less() -> None:
+    """MCAT's formula: (1 − α) of the loss of all, and α of that of the observed."""
+    alpha, targets = 0.4, [(3.0, 1.0), (3.0, 0.0), (11.0, 0.0), (5.0, 1.0)]
+    z = LOGITS[: len(EDGES) + 1]
+    everyone = sum(survival(z, target) for target in targets)
+    observed = sum(survival(z, target) for target in targets if target[1])
+    objective = Survival(EDGES, censored_alpha=alpha)
+    logits = torch.tensor(z, dtype=torch.float64)
+    found = sum(objective(logits, as_target(target)).item() for target in targets)
+    assert found == pytest.approx((1 - alpha) * everyone + alpha * observed, abs=1e-12)
+    assert make_objective(objective.record()).settings() == objective.settings()
+    old = {name: value for name, value in objective.record().items() if name != "censored_alpha"}
+    assert make_objective(old).settings()["censored_alpha"] == 0.0
+
+
 @pytest.mark.parametrize("times", [[1.0, 2.0], [3.0, 3.0, 3.0, 3.0, 9.0], []])
 def test_bins_that_cannot_be_filled(times: list[float]) -> None:
     targets = [(time, 1.0) for time in times] + [(4.0, 0.0)] * 9
@@ -414,9 +445,10 @@ def test_runs(
 
 
 def test_a_resumed_run_keeps_its_scale_and_its_classes(cohort_copy: Path, tmp_path: Path) -> None:
-    """The manifest may change, and the logits must go on meaning the same."""
+    """Where nothing shows that the manifest has changed, the logits must go on meaning the same."""
     put_targets(cohort_copy)
     folder = main.run(config_of("regression", cohort_copy, tmp_path / "runs"))
+    (folder / "slides.json").unlink()  # as an earlier version left it
     before = json.loads((folder / "config.json").read_text())["objective"]
     edit_manifest(cohort_copy, lambda rows: [row | {"age": str(2 * float(row["age"]))} for row in rows])
     config = config_of("regression", cohort_copy, tmp_path / "runs", epochs=2, resume=True)
@@ -437,6 +469,8 @@ def test_what_a_supervision_cannot_have(cohort_copy: Path, tmp_path: Path) -> No
     weights = OptimConfig(class_weights=(1.0, 2.0))
     with pytest.raises(ConfigError, match="class-weights .*classes and multi_label, and that is survival"):
         main.run(config_of("survival", cohort_copy, tmp_path, optim=weights))
+    with pytest.raises(ConfigError, match="censored-alpha is 0.4: is for --data.supervision survival"):
+        main.run(config_of("multi_label", cohort_copy, tmp_path, optim=OptimConfig(censored_alpha=0.4)))
     three = OptimConfig(class_weights=(1.0, 2.0, 3.0))
     with pytest.raises(ConfigError, match="3 values for 2 labels"):
         main.run(config_of("multi_label", cohort_copy, tmp_path, optim=three))
