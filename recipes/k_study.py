@@ -17,7 +17,8 @@ from slidescale.engine.study import StudyConfig, main
 
 from egfr import DEMO, STUDY
 
-ABOUT_DEMO = """The slides are the demo cohort's with small foci, read at 1 µm a pixel in tiles of 32 pixels. There the nuclei that make
+ABOUT_DEMO = """\
+The slides are the demo cohort's with small foci, read at 1 µm a pixel in tiles of 32 pixels. There the nuclei that make
 the difference have a radius of 5 pixels, and those that they must be told from, 2.4. A network from random weights
 learns that from the slides' labels; the features of the frozen encoder, which has seen photographs, hardly hold it. At
 0.5 µm a pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`).
@@ -31,8 +32,8 @@ for. **What it does not show:**
   touch none: their label is wrong, whatever trains on them.
 - That end to end beats a frozen encoder. The frozen arm is another network (ImageNet's EfficientNet-Lite0, whose stride
   is as long as the tile's side, so that it sees one position per tile) and not the trained one.
-- How sure any of it is. One cohort, one split, three seeds and 24 validation slides: an AUROC of 0.85 has a 95% interval
-  of about ± 0.15 for the slides alone, and 64 tiles and "all" are not told apart.
+- How sure any of it is. There are one cohort, one split, three seeds and 24 validation slides: an AUROC of 0.85 has a
+  95% interval of about ± 0.15 for the slides alone, and 64 tiles and "all" are not told apart.
 - That it carries over to tissue. On mosaics of real H&E (72 slides, one seed) this small network from random weights
   learnt nothing in 12 epochs (AUROC 0.38), where the frozen ImageNet encoder reached 0.72, and 0.78 in its best
   epoch."""
