@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from slidescale.engine.files import write_text
+
 
 def write_section(page: Path, head: str, name: str, text: str) -> None:
     """Replace one section of a page, or add it; a new page begins with `head`."""
@@ -10,4 +12,4 @@ def write_section(page: Path, head: str, name: str, text: str) -> None:
     if begin not in content:
         content += f"\n{begin}{end}"
     before, rest = content.split(begin)
-    page.write_text(f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_text(page, f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}")
