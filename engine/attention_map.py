@@ -8,21 +8,19 @@ import json
 import math
 import uuid
 from collections.abc import Iterator
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import tifffile
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scipy.stats import rankdata
 
+from slidescale.engine.attention_picture import attention_colours, attention_overlay, with_legend
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
-from slidescale.engine.files import file_name, replacing, save_png, write_text
-from slidescale.engine.report import LARGEST_FOLD, attention_colours, attention_overlay
+from slidescale.engine.files import check_output, file_name, replacing, save_png, write_text
 
 # Longer side of each of the PNG's two pictures.
 MAX_PX = 2048
@@ -43,6 +41,7 @@ def write_attention(
     weights: np.ndarray,
     *,
     model: str,
+    says: str,
     max_px: int = MAX_PX,
     top: float = 1.0,
 ) -> list[Path]:
@@ -51,6 +50,7 @@ def write_attention(
     Args:
         weights: `[N]`, of the tiling's tiles, summing to 1.
         model: that has given these weights, in words.
+        says: what it predicts, in words.
         max_px: longer side of each of the PNG's two pictures.
         top: share of the tiles, the most attended, that the GeoJSON has.
 
@@ -58,8 +58,10 @@ def write_attention(
         SlideError: the slide cannot be read.
     """
     stem = f"{file_name(name)}_attention"
-    picture = with_legend(attention_overlay(slide, tiling, weights, max_px=max_px), f"{name}, {model}")
+    picture = with_legend(attention_overlay(slide, tiling, weights, max_px=max_px), f"{name}: {says}", model)
     paths = [folder / f"{stem}{ending}" for ending in (".png", ".tif", ".geojson")]
+    for path in paths:
+        check_output(path, [slide.path])
     save_png(picture, paths[0])
     with replacing(paths[1]) as unfinished:
         write_pyramid(unfinished, slide, tiling, weights)
@@ -67,42 +69,6 @@ def write_attention(
     collection = attention_geojson(tiling, weights, source=f"{model} {name}", top=top, origin=origin)
     write_text(paths[2], json.dumps(collection, separators=(",", ":")))
     return paths
-
-
-def with_legend(picture: np.ndarray, title: str) -> np.ndarray:
-    """A slide beside its attention, with a bar below that says what the colours mean.
-
-    Args:
-        picture: uint8 `[h, w, 3]`, as `attention_overlay` makes it.
-
-    Returns:
-        uint8 `[h', w', 3]`; wider than `picture` only where that is too narrow for the text.
-    """
-    text_px = min(36, max(13, picture.shape[1] // 70))
-    width = max(picture.shape[1], 38 * text_px)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", text_px)
-    page = Image.new("RGB", (width, picture.shape[0] + 8 * text_px), "white")
-    page.paste(Image.fromarray(picture))
-    draw = ImageDraw.Draw(page)
-    top = picture.shape[0]
-    draw.text((text_px, top + text_px // 2), _fitting(title, font, width - 2 * text_px), fill="black", font=font)
-    what = "Attention to a tile, in multiples of the slide's mean tile (log scale)"
-    draw.text((text_px, top + 2 * text_px), what, fill="black", font=font)
-    bar_width, left = 34 * text_px, 2 * text_px
-    folds = np.geomspace(1 / LARGEST_FOLD, LARGEST_FOLD, bar_width)
-    colours = np.rint(attention_colours(folds / len(folds))).astype(np.uint8)
-    bar = np.broadcast_to(colours, (2 * text_px, *colours.shape))
-    bar_top = top + 4 * text_px
-    page.paste(Image.fromarray(np.ascontiguousarray(bar)), (left, bar_top))
-    exponent = round(math.log2(LARGEST_FOLD))
-    for power in range(-exponent, exponent + 1):
-        x = left + (power + exponent) * (bar_width - 1) // (2 * exponent)
-        draw.line((x, bar_top + 2 * text_px, x, bar_top + round(2.4 * text_px)), fill="black", width=2)
-        label = str(Fraction(2) ** power)
-        if abs(power) == exponent:
-            label = ("≤ " if power < 0 else "≥ ") + label
-        draw.text((x, bar_top + round(2.5 * text_px)), label, fill="black", font=font, anchor="ma")
-    return np.asarray(page)
 
 
 def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray) -> None:
@@ -202,12 +168,3 @@ def _fold_classes() -> list[dict[str, Any]]:
     middles = np.array([math.sqrt(low * high) for low, high in pairwise(edges)])
     colours = np.rint(attention_colours(middles / len(middles))).astype(int).tolist()
     return [{"name": name, "color": colour} for name, colour in zip(names, colours, strict=True)]
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, shortened at its beginning until it fits."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength("…" + text) > width:
-        text = text[1:]
-    return "…" + text

@@ -1,5 +1,6 @@
 """`slidescale export`: the fine-tuned encoder for use without this project, as a state dict that timm loads."""
 
+import errno
 import json
 import logging
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.files import replacing, write_json
+from slidescale.engine.files import check_output, replacing, write_json
 from slidescale.engine.models.encoder import Encoder, timm_recipe
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.trained import TrainedRun, load_run
+from slidescale.engine.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +58,29 @@ def export_encoder(request: ExportRequest) -> None:
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     sidecar = request.out.with_suffix(".json")
     try:
+        _check_places(request, run, sidecar)
         with replacing(request.out) as unfinished:
             save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
         write_json(sidecar, about)
     except (OSError, SafetensorError) as error:  # the library's own, of a full disk, say
         raise UserError(f"cannot write {request.out}: {error}") from None
     log.info("%s in %s; how to load it: %s", run.config.model.encoder, request.out, sidecar)
+
+
+def _check_places(request: ExportRequest, run: TrainedRun, sidecar: Path) -> None:
+    """Refuse to write over inputs, and over what is no earlier export.
+
+    Raises:
+        OSError: says what is there.
+    """
+    weights = [path for path in (request.weights, run.config.model.weights) if path is not None]
+    inputs = [*(run.folder / name for name in ("config.json", WEIGHTS)), *weights]
+    check_output(request.out, inputs)
+    check_output(sidecar, inputs, begins=b'{\n  "timm_name"')
+    if request.out.exists() and not sidecar.exists():
+        raise FileExistsError(
+            errno.EEXIST, f"is there, and is no earlier export, for {sidecar} is not", str(request.out)
+        )
 
 
 def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:

@@ -20,18 +20,21 @@ from slidescale.engine.objective import SupervisionName
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STROKES = ("-", "--", ":", "-.")
 GREY = "#8c8c8c"
+# Of all figures.
+NAMES = {"roc", "precision_recall", "reliability", "confusion", "scatter", "kaplan_meier"}
 # Classes up to which the cells of a confusion matrix have room for two lines.
 ROOMY_CLASSES = 6
 LONGEST_NAME = 22
 
 
 class Curve(NamedTuple):
-    """A line of a class or label: its points `[p]`, and the area under it."""
+    """A line of a class or label: its points `[p]`, the area under it, and the share of slides that are positive."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
     area: float
+    positive: float
 
 
 class Calibration(NamedTuple):
@@ -55,6 +58,7 @@ def draw(
     outputs: np.ndarray,
     names: Sequence[str],
     cases: Sequence[str] | None = None,
+    about: str = "",
 ) -> dict[str, np.ndarray]:
     """Draw a cohort's predictions.
 
@@ -64,6 +68,7 @@ def draw(
         outputs: as there.
         names: as there.
         cases: the patient of each slide; None: each is another's.
+        about: whose predictions these are, a line below each figure.
 
     Returns:
         uint8 RGB pictures `[H, W, 3]` by name: `roc`, `precision_recall`, `reliability` and `confusion` of classes;
@@ -74,6 +79,17 @@ def draw(
     Raises:
         ValueError: the arrays' shapes do not fit the kind, each other or the names.
     """
+    figures = _draw(kind, targets, outputs, names, cases)
+    return {name: _picture(figure, about) for name, figure in figures.items()}
+
+
+def _draw(
+    kind: SupervisionName,
+    targets: np.ndarray,
+    outputs: np.ndarray,
+    names: Sequence[str],
+    cases: Sequence[str] | None,
+) -> dict[str, Figure]:
     values = measure(kind, targets, outputs, names)
     targets, outputs = np.asarray(targets, dtype=float), np.asarray(outputs, dtype=float)
     if not len(targets):
@@ -97,7 +113,7 @@ def draw(
     if rocs:
         pictures["roc"] = _lines(rocs, "ROC curve", "1 − specificity", "Sensitivity", "AUROC")
         pictures["precision_recall"] = _lines(
-            precisions, "Precision and recall   (AP: average precision)", "Recall (sensitivity)", "Precision", "AP"
+            precisions, "Precision and recall", "Recall (sensitivity)", "Precision", "Average precision"
         )
     if kind == "classes":
         labels = targets[:, 0].astype(int)
@@ -131,7 +147,7 @@ def roc_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curv
     curves = []
     for name, truth, scores in questions:
         alarms, hits, _ = roc_curve(truth, scores)
-        curves.append(Curve(name, alarms, hits, roc_auc_score(truth, scores)))
+        curves.append(Curve(name, alarms, hits, roc_auc_score(truth, scores), truth.mean()))
     return curves
 
 
@@ -140,7 +156,7 @@ def precision_recall_curves(questions: list[tuple[str, np.ndarray, np.ndarray]])
     curves = []
     for name, truth, scores in questions:
         precision, recall, _ = precision_recall_curve(truth, scores)
-        curves.append(Curve(name, recall, precision, average_precision_score(truth, scores)))
+        curves.append(Curve(name, recall, precision, average_precision_score(truth, scores), truth.mean()))
     return curves
 
 
@@ -192,7 +208,9 @@ def _style(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _picture(figure: Figure) -> np.ndarray:
+def _picture(figure: Figure, about: str) -> np.ndarray:
+    if about:
+        figure.supxlabel(about, fontsize=9, color="#555555", x=0.02, ha="left")
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)  # a class's name is no formula, whatever it contains
@@ -213,28 +231,33 @@ def _unit_square(axes: Axes) -> None:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
 
 
-def _lines(curves: list[Curve], title: str, x: str, y: str, area: str) -> np.ndarray:
+def _lines(curves: list[Curve], title: str, x: str, y: str, area: str) -> Figure:
     inside = len(curves) <= 5
     figure, axes = _canvas(title, x, y, width=5.4 if inside else 7.4)
     roc = area == "AUROC"
     if roc:
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (2, 3)))
     for index, curve in enumerate(curves):
+        colour = COLOURS[index % len(COLOURS)]
+        if not roc:  # what a model that knows nothing has
+            axes.axhline(curve.positive, color=GREY if len(curves) == 1 else colour, linewidth=1, linestyle=(0, (2, 3)))
         axes.plot(
-            curve.x, curve.y, color=COLOURS[index % len(COLOURS)], linewidth=1.8,
+            curve.x, curve.y, color=colour, linewidth=1.8,
             linestyle=STROKES[index // len(COLOURS) % len(STROKES)], drawstyle="default" if roc else "steps-post",
             label=f"{area} {curve.area:.3f}  {_short(curve.name)}", clip_on=False,
         )  # fmt: skip
+    if not roc:
+        axes.plot([], [], color=GREY, linewidth=1, linestyle=(0, (2, 3)), label="Share of positive slides")
     _unit_square(axes)
     style = {"fontsize": 9, "framealpha": 0.9, "edgecolor": "#e4e4e4"}
     if inside:
         axes.legend(loc="lower right" if roc else "lower left", **style)
     else:
         axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), **style)
-    return _picture(figure)
+    return figure
 
 
-def _reliability(bins: Calibration, values: dict[str, float | None]) -> np.ndarray:
+def _reliability(bins: Calibration, values: dict[str, float | None]) -> Figure:
     figure = Figure(figsize=(5.4, 6.2), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     edges = np.arange(CALIBRATION_BINS) / CALIBRATION_BINS
@@ -250,10 +273,10 @@ def _reliability(bins: Calibration, values: dict[str, float | None]) -> np.ndarr
     below.bar(edges, bins.slides, color=GREY, **shape)
     _style(below, "Confidence (probability of the likeliest class)", "Slides")
     below.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    return _picture(figure)
+    return figure
 
 
-def _confusion(counts: np.ndarray, names: Sequence[str], values: dict[str, float | None]) -> np.ndarray:
+def _confusion(counts: np.ndarray, names: Sequence[str], values: dict[str, float | None]) -> Figure:
     classes = len(names)
     roomy = classes <= ROOMY_CLASSES
     side = min(max(4.6, 1.6 + (0.75 if roomy else 0.45) * classes), 12)
@@ -274,10 +297,10 @@ def _confusion(counts: np.ndarray, names: Sequence[str], values: dict[str, float
         text = f"{counts[row, column]}" + (f"\n{shares[row, column]:.0%}" if roomy else "")
         colour = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=11 if classes <= 3 else 9)
-    return _picture(figure)
+    return figure
 
 
-def _scatter(truth: np.ndarray, predicted: np.ndarray, values: dict[str, float | None]) -> np.ndarray:
+def _scatter(truth: np.ndarray, predicted: np.ndarray, values: dict[str, float | None]) -> Figure:
     title = f"Predicted and true   ({_value('R²', values['r2'])}, {_value('Pearson', values['pearson'])})"
     figure, axes = _canvas(title, "True value", "Predicted value")
     low, high = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
@@ -287,12 +310,10 @@ def _scatter(truth: np.ndarray, predicted: np.ndarray, values: dict[str, float |
     axes.scatter(truth, predicted, s=22, color=COLOURS[0], alpha=min(0.75, 12 / math.sqrt(len(truth))), linewidths=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.legend(fontsize=9, loc="upper left", edgecolor="#e4e4e4")
-    return _picture(figure)
+    return figure
 
 
-def _kaplan_meier(
-    times: np.ndarray, events: np.ndarray, high: np.ndarray, values: dict[str, float | None]
-) -> np.ndarray:
+def _kaplan_meier(times: np.ndarray, events: np.ndarray, high: np.ndarray, values: dict[str, float | None]) -> Figure:
     figure = Figure(figsize=(6.2, 5.4), dpi=120, layout="constrained")
     axes, table = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1))
     groups = [(~high, "low risk", COLOURS[0]), (high, "high risk", COLOURS[1])]
@@ -324,4 +345,4 @@ def _kaplan_meier(
     table.set_title("Patients at risk", fontsize=9, loc="left")
     table.spines[["top", "right", "left"]].set_visible(False)
     table.tick_params(axis="y", length=0)
-    return _picture(figure)
+    return figure

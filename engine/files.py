@@ -73,6 +73,28 @@ def check_replaceable(path: Path) -> None:
     raise FileExistsError(errno.EEXIST, what, str(path))
 
 
+def check_output(path: Path, inputs: Iterable[Path] = (), *, begins: bytes = b"") -> None:
+    """Refuse a place for a result where writing would cost the user something, before work is spent on it.
+
+    Args:
+        inputs: files that are read, which must not be written over, under whatever name.
+        begins: of what is written, the first bytes; a file that is there and begins otherwise is not one's own.
+
+    Raises:
+        FileExistsError: what is there, in words.
+    """
+    check_replaceable(path)
+    if not path.exists():
+        return
+    for each in inputs:
+        if each.exists() and path.samefile(each):
+            raise FileExistsError(errno.EEXIST, f"is an input, {each}; name another file", str(path))
+    with path.open("rb") as file:
+        found = file.read(len(begins))
+    if found not in (b"", begins):
+        raise FileExistsError(errno.EEXIST, "is there, and is no such result; name another file", str(path))
+
+
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's entries, on disk before going on (fsync(2))."""
     descriptor = os.open(path, os.O_RDONLY)

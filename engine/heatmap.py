@@ -62,7 +62,7 @@ def draw_heatmap(request: HeatmapRequest) -> None:
             with predictor.open(answer.file) as slide:
                 paths = write_attention(
                     request.out, answer.file.slide_id, slide, answer.tiling, answer.weights, model=predictor.run.title,
-                    max_px=request.max_px, top=request.top,
+                    says=predictor.says(answer), max_px=request.max_px, top=request.top,
                 )  # fmt: skip
         except OSError as error:
             raise UserError(f"cannot write to {request.out}: {error}") from None

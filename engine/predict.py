@@ -22,13 +22,16 @@ from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation import run_model
-from slidescale.engine.files import write_csv
+from slidescale.engine.files import check_output, write_csv
+from slidescale.engine.intervals import report
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
-from slidescale.engine.report import Judged, draw_figures, output_cells, output_columns, write_metrics
+from slidescale.engine.report import Judged, draw_figures, output_cells, output_columns, output_words, write_metrics
+from slidescale.engine.run_slides import known_splits
 from slidescale.engine.trained import Precision, TrainedRun, load_run
+from slidescale.engine.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +156,10 @@ class Predictor:
         finally:
             reader.close()
 
+    def says(self, answer: SlidePrediction) -> str:
+        """What is predicted of a slide, in words."""
+        return output_words(self.run.config.data.supervision, self.run.classes, answer.output)
+
     def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
         return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
@@ -211,8 +218,15 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         log.warning("predictions without metrics: %s", labels)
     elif labels is not None and labels.without:
         log.warning("metrics without the slides that are not labelled: %s", labels.without)
-    if isinstance(labels, Labels) and labels.seen:
-        log.warning("%d slides are in split train or val of %s: their metrics flatter", labels.seen, request.manifest)
+    seen = labels.seen if isinstance(labels, Labels) else 0
+    if own := world.ask_main(lambda: known_splits(run.folder, files)):
+        log.warning(
+            "of these slides, %s of this run itself: what it says of them is no evidence for others",
+            " and ".join(f"{count} are in split {split}" for split, count in own.items()),
+        )
+        seen = max(seen, own["train"] + own["val"])
+    elif seen:
+        log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
     header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
     outputs: dict[str, np.ndarray] = {}
@@ -221,6 +235,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     def write_table() -> None:
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
+    _write(request.out, partial(_check_places, request, files), world)
     _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
     stopping.note(f"before the first of {len(files)} slides", "give the same command again")
     for number, answer in enumerate(predictor.predict(files), start=1):
@@ -237,7 +252,10 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         if request.heatmaps is not None and world.rank == 0:
             try:
                 with predictor.open(answer.file) as slide:
-                    write_attention(request.heatmaps, name, slide, answer.tiling, answer.weights, model=run.title)
+                    write_attention(
+                        request.heatmaps, name, slide, answer.tiling, answer.weights, model=run.title,
+                        says=predictor.says(answer),
+                    )  # fmt: skip
             except (SlideError, OSError) as error:  # it is predicted all the same; only its picture is missing
                 failures.append(Failure(answer.file, f"no heatmap: {error}"))
                 log.warning("%s: no heatmap: %s", name, error)
@@ -248,7 +266,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             supervision, np.array([labels.targets[name] for name in judgeable]),
             np.stack([outputs[name] for name in judgeable]), [labels.cases[name] for name in judgeable], run.classes,
         )  # fmt: skip
-        _write(request.out, partial(_write_metrics, request.out, judged, labels.seen), world)
+        _write(request.out, partial(_write_metrics, request.out, judged, seen), world)
     failures = world.gather_objects(failures)[0]
     if failures:
         reasons = "\n".join(f"  {file.slide_id}: {reason}" for file, reason in failures)
@@ -271,11 +289,30 @@ def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
     world.ask_main(attempt)
 
 
+def _metrics_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_metrics.json")
+
+
+def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
+    """Refuse to write over inputs, and over what is somebody else's.
+
+    Raises:
+        OSError: says what is there.
+    """
+    inputs = [file.path for file in files] + [request.run / name for name in ("config.json", WEIGHTS)]
+    inputs += [path for path in (request.manifest, request.weights) if path is not None]
+    check_output(request.out, inputs, begins=b"slide_id,path,")
+    check_output(_metrics_of(request.out), inputs, begins=b'{\n  "split": "external"')
+    if request.heatmaps is not None:
+        request.heatmaps.mkdir(parents=True, exist_ok=True)
+
+
 def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
     """Metrics and figures beside the table."""
-    path, folder = out.with_name(f"{out.stem}_metrics.json"), out.with_name(f"{out.stem}_figures")
-    found = write_metrics(path, judged, "external", seen=seen)
-    draw_figures(folder, judged)
+    path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
+    found = report(*judged)
+    write_metrics(path, found, "external", seen=seen)
+    draw_figures(folder, judged, "predicted", found)
     of = "" if found.positive_class is None else f" of {found.positive_class}"
     patients = len(set(judged.cases))
     log.info("%s%s, of %d slides of %d patients; more in %s and %s", found, of, found.count, patients, path, folder)

@@ -8,25 +8,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 
+from slidescale.engine.attention_picture import attention_overlay, with_legend
 from slidescale.engine.config import DataConfig
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest
 from slidescale.engine.data.slide import Slide
-from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation import Evaluation
-from slidescale.engine.figures import draw
+from slidescale.engine.figures import NAMES, draw
 from slidescale.engine.files import file_name, save_png, write_csv, write_json
-from slidescale.engine.intervals import Report, report
+from slidescale.engine.intervals import Report
 from slidescale.engine.objective import SupervisionName
 
 log = logging.getLogger(__name__)
-
-# Colours run from an eighth of the mean weight to eight times it, on a log scale: attention spans orders of magnitude.
-LARGEST_FOLD = 8.0
-OPACITY = 0.55
 
 
 class Judged(NamedTuple):
@@ -45,26 +40,32 @@ def judge(evaluation: Evaluation, manifest: Manifest) -> Judged:
     return Judged(manifest.supervision, evaluation.targets, evaluation.outputs, cases, manifest.classes)
 
 
-def write_metrics(path: Path, judged: Judged, split: Literal["val", "test", "external"], *, seen: int = 0) -> Report:
-    """Write the metrics, with 95% intervals over patients, as JSON.
+def write_metrics(path: Path, found: Report, split: Literal["val", "test", "external"], *, seen: int = 0) -> None:
+    """Write metrics as JSON.
 
     Args:
         split: whose slides these are. Of the epochs that validation sees, the one that suits its slides best is kept,
             so that its metrics flatter; the file says so.
-        seen: of external slides, how many the manifest has in split train or val: these flatter, too.
+        seen: of external slides, how many are in split train or val, of their manifest or of the run: these flatter,
+            too.
     """
-    found = report(*judged)
     about: dict[str, object] = {"split": split}
     about |= {"in_train_or_val": seen} if split == "external" else {"epoch_chosen_on_this_split": split == "val"}
     write_json(path, about | found.as_json())
-    return found
 
 
-def draw_figures(folder: Path, judged: Judged) -> dict[str, np.ndarray]:
-    """Draw what `figures.draw` can of the predictions, as PNG into a folder of their own, and return the pictures."""
-    pictures = draw(judged.supervision, judged.targets, judged.outputs, judged.names, judged.cases)
-    for old in folder.glob("*.png"):  # one that is not defined any more must not stay beside newer ones
-        old.unlink()
+def draw_figures(folder: Path, judged: Judged, slides: str, found: Report) -> dict[str, np.ndarray]:
+    """Draw what `figures.draw` can of the predictions, as PNG into a folder of their own, and return the pictures.
+
+    Args:
+        slides: whose predictions these are: "validation split".
+        found: the metrics, of which the headline stands below each figure.
+    """
+    patients = len(set(judged.cases))
+    about = f"{slides}: {found.count} slides of {patients} patients; {found}"
+    pictures = draw(judged.supervision, judged.targets, judged.outputs, judged.names, judged.cases, about)
+    for name in NAMES - set(pictures):  # one that is not defined any more must not stay beside newer ones
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
         save_png(picture, folder / f"{name}.png")
     return pictures
@@ -118,6 +119,24 @@ def output_cells(supervision: SupervisionName, names: Sequence[str], output: np.
     return [format(value, digits) for value in output.tolist()]
 
 
+def output_words(supervision: SupervisionName, names: Sequence[str], output: np.ndarray) -> str:
+    """What is predicted of a slide, in words: probabilities by class or label, a number, or a risk."""
+    if supervision in ("classes", "multi_label"):
+        shown = list(zip(names, output.tolist(), strict=True))
+        if supervision == "classes" and len(names) == 2:
+            shown = shown[1:]
+        return ", ".join(f"probability of {name} {value:.3f}" for name, value in shown)
+    return f"{'predicted' if supervision == 'regression' else 'risk'} {output[0]:.4g}"
+
+
+def _target_words(supervision: SupervisionName, names: Sequence[str], target: tuple[float, ...]) -> str:
+    if supervision == "survival":
+        return f"{'event at' if target[1] else 'no event until'} {target[0]:g}"
+    if supervision == "multi_label":
+        return ", ".join(name for name, value in zip(names, target, strict=True) if value == 1) or "no label"
+    return names[int(target[0])] if supervision == "classes" else f"{target[0]:g}"
+
+
 def _target_cells(supervision: SupervisionName, names: Sequence[str], target: tuple[float, ...]) -> list[str]:
     match supervision:
         case "classes":
@@ -133,53 +152,28 @@ def _target_cells(supervision: SupervisionName, names: Sequence[str], target: tu
 def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *, count: int) -> dict[str, np.ndarray]:
     """Attention over a few slides: uint8 pictures by file name, of "<slide id>_<label>", or of the slide's id alone.
 
-    Of classes, slides are taken in turn.
+    Of classes, slides are taken in turn. Each picture has a legend, with the slide's name, what is true of it and what
+    is predicted.
     """
     manifest, chosen = cohort.manifest, evaluation.predictions
     if manifest.supervision == "classes":
         by_class = [[p for p in chosen if p.row.target == (index,)] for index in range(len(manifest.classes))]
         chosen = [prediction for turn in zip_longest(*by_class) for prediction in turn if prediction is not None]
     pictures = {}
-    for row, _, _, weights in chosen[:count]:
+    for row, output, _, weights in chosen[:count]:
         try:
             with Slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
         except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
             log.warning("no heatmap: %s", error)
             continue
+        kind, names = manifest.supervision, manifest.classes
+        truth, says = _target_words(kind, names, row.target), output_words(kind, names, output)
         name = row.slide_id
         if manifest.supervision == "classes":
             label = manifest.classes[int(row.target[0])]
             name = f"{row.slide_id}_{label}"
             if file_name(name) in pictures:  # "a_b" of c, and "a" of b_c
                 name = f"{row.slide_id}/{label}"
-        pictures[file_name(name)] = picture
+        pictures[file_name(name)] = with_legend(picture, f"{row.slide_id} (truth: {truth}): {says}")
     return pictures
-
-
-def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_px: int = 640) -> np.ndarray:
-    """The slide beside itself under its tiles' attention.
-
-    Args:
-        weights: `[N]`, of the tiling's tiles, summing to 1.
-        max_px: longer side of each of the two pictures.
-
-    Returns:
-        uint8 `[h, 2 w, 3]`. Blue tiles weigh less than the mean tile, red ones more, up to 8-fold.
-    """
-    plain = slide.overview(max_px)
-    scale = plain.shape[1] / slide.width
-    colours = attention_colours(weights)
-    overlay = plain.astype(np.float32)
-    # Neighbours share an edge, so that none is coloured twice, or not at all.
-    begin, end = (np.rint((tiling.cells + step) * tiling.side_px * scale).astype(int) for step in (0, 1))
-    for (x0, y0), (x1, y1), colour in zip(begin, end, colours, strict=True):
-        region = (slice(y0, y1), slice(x0, x1))
-        overlay[region] = (1 - OPACITY) * overlay[region] + OPACITY * colour
-    return np.concatenate([plain, np.rint(overlay).astype(np.uint8)], axis=1)
-
-
-def attention_colours(weights: np.ndarray) -> np.ndarray:
-    """Float `[N, 3]`, 0 to 255: from blue (an eighth of the mean weight or less) over grey to red (8-fold or more)."""
-    fold = np.log(np.maximum(weights * len(weights), 1e-12)) / np.log(LARGEST_FOLD)
-    return colormaps["coolwarm"]((np.clip(fold, -1, 1) + 1) / 2)[:, :3] * 255

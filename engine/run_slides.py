@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slidescale.engine.data.manifest import Manifest, ManifestRow
+from slidescale.engine.data.manifest import Manifest, ManifestRow, NamedFile
 from slidescale.engine.errors import UserError
 from slidescale.engine.files import write_json
 
@@ -19,7 +21,24 @@ NAMED = 5
 
 def record_slides(folder: Path, manifest: Manifest) -> None:
     """Write slides.json."""
-    write_json(folder / SLIDES, {row.slide_id: _describe(row) for row in manifest.rows})
+    slides = {row.slide_id: _describe(row) | {"file": str(row.path.resolve())} for row in manifest.rows}
+    write_json(folder / SLIDES, slides)
+
+
+def known_splits(folder: Path, files: Sequence[NamedFile]) -> Counter[str]:
+    """How many slides a run has in each of its splits train and val, by their files or their names.
+
+    Raises:
+        UserError: the run's record is damaged.
+    """
+    recorded = _read(folder / SLIDES) or {}
+    by_file = {slide["file"]: slide["split"] for slide in recorded.values()}
+    found: Counter[str] = Counter()
+    for file in files:
+        split = by_file.get(str(file.path.resolve())) or recorded.get(file.slide_id, {}).get("split")
+        if split in ("train", "val"):
+            found[split] += 1
+    return found
 
 
 def check_same_slides(folder: Path, manifest: Manifest) -> None:
@@ -88,7 +107,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {"split": str(each["split"]), "target": list(each["target"])} for name, each in content.items()}
+        return {
+            name: {"split": str(each["split"]), "target": list(each["target"]), "file": str(each["file"])}
+            for name, each in content.items()
+        }
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -22,7 +22,7 @@ from slidescale.engine.evaluation import Evaluation, evaluate
 from slidescale.engine.feed import Feed
 from slidescale.engine.files import save_png
 from slidescale.engine.history import EpochTotals, add_epoch
-from slidescale.engine.intervals import describe
+from slidescale.engine.intervals import describe, report
 from slidescale.engine.logger import Meter, RunLog
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.metrics import HEADLINES
@@ -218,12 +218,13 @@ class Trainer:
         if not result.predictions:
             return
         judged = judge(result, manifest)
+        found, split = report(*judged), "test" if suffix else "val"
+        if suffix:
+            log.info("%s", describe(found))
         with _unless_unwritable(path := self.folder / f"metrics{suffix}.json"):
-            found = write_metrics(path, judged, "test" if suffix else "val")
-            if suffix:
-                log.info("%s", describe(found))
+            write_metrics(path, found, "test" if suffix else "val")
         with _unless_unwritable(folder := self.folder / f"figures{suffix}"):
-            for name, picture in draw_figures(folder, judged).items():
+            for name, picture in draw_figures(folder, judged, f"split {split}", found).items():
                 self.run_log.image(f"figures{suffix}/{name}", picture, step)
 
 

@@ -113,6 +113,27 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
             export_encoder(ExportRequest(run=folder, out=out))
 
 
+def test_nothing_is_written_over_what_is_no_export(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", encoder="test_vit")
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    (tmp_path / "other.json").write_text("{}")
+    places = {
+        folder / "model.safetensors": "is an input", tmp_path / "mine.safetensors": "no earlier export",
+        tmp_path / "other.safetensors": "is no such result",
+    }  # fmt: skip
+    before = {path: path.read_bytes() for path in places if path.exists()}
+    for out, reason in places.items():
+        with pytest.raises(UserError, match=f"cannot write {out}: .*{reason}"):
+            export_encoder(ExportRequest(run=folder, out=out))
+    assert before == {path: path.read_bytes() for path in places if path.exists()}
+    for _ in range(2):  # its own it writes again
+        export_encoder(ExportRequest(run=folder, out=tmp_path / "encoder.safetensors"))
+    plain = tmp_path / "plain"
+    plain.touch()
+    for name in ("encoder.safetensors", "encoder.json"):
+        assert (tmp_path / name).stat().st_mode == plain.stat().st_mode, "whoever may read new files may read it"
+
+
 def test_another_ending(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must end in .safetensors"):
         ExportRequest(run=tmp_path, out=Path("encoder.pth"))

@@ -163,3 +163,21 @@ def test_small_cohorts_are_drawn() -> None:
     assert set(draw("regression", np.ones((1, 1)), np.ones((1, 1)), ["value"])) == {"scatter"}
     assert set(draw("survival", np.array([[0, 1], [0, 0]]), np.array([[1.0], [2.0]]), ["risk"])) == {"kaplan_meier"}
     assert len(draw("classes", *predicted(31, 15), [f"class {c}" for c in range(15)])) == 4
+
+
+def test_a_figure_says_whose_it_is() -> None:
+    targets, outputs, names = cohort("classes", 53)
+    plain, about = (draw("classes", targets, outputs, names, about=text) for text in ("", "split val: 53 slides"))
+    for name, picture in plain.items():
+        assert picture.shape == about[name].shape and not np.array_equal(picture, about[name]), name
+
+
+def test_precision_is_beside_the_share_of_positive_slides() -> None:
+    """Which is what a model that knows nothing has."""
+    targets, outputs, names = cohort("classes", 53)
+    for curve, (_, truth, _) in zip(
+        precision_recall_curves(one_against_rest("classes", targets, outputs, names)),
+        one_against_rest("classes", targets, outputs, names),
+        strict=True,
+    ):
+        assert curve.positive == truth.mean()

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidescale.engine.files import NAME_BYTES, check_replaceable, file_name, replacing, save_png, write_csv, write_text
+from slidescale.engine.files import (
+    NAME_BYTES,
+    check_output,
+    check_replaceable,
+    file_name,
+    replacing,
+    save_png,
+    write_csv,
+    write_text,
+)
 
 IDS = [
     "S-001", "TCGA-05-4244-01Z-00-DX1", "H21/1234", "H21_1234", "../../../escaped", "/tmp/abs", ".", "..", "",
@@ -77,6 +86,22 @@ def test_what_is_not_a_plain_file_is_refused(tmp_path: Path) -> None:
         check_replaceable(Path("/dev/null"))
     assert (tmp_path / "real.csv").read_text() == "mine" and not (tmp_path / "nowhere").exists()
     assert (tmp_path / "link").is_symlink() and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_an_output_is_no_input_and_no_file_of_another_kind(tmp_path: Path) -> None:
+    source, other = tmp_path / "in.csv", tmp_path / "other.csv"
+    source.write_text("slide_id,path,label\n")
+    (tmp_path / "hard").hardlink_to(source)
+    for out in (source, tmp_path / "x" / ".." / "in.csv", tmp_path / "hard"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(FileExistsError, match="is an input"):
+            check_output(out, [other, source], begins=b"slide_id,path,")
+    other.write_text("name,score\n")
+    with pytest.raises(FileExistsError, match="is no such result"):
+        check_output(other, [source], begins=b"slide_id,path,")
+    other.write_text("")
+    check_output(other, [source], begins=b"slide_id,path,")
+    check_output(tmp_path / "new.csv", [source], begins=b"slide_id,path,")
 
 
 def test_a_table_has_no_formulas(tmp_path: Path) -> None:

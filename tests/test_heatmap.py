@@ -15,7 +15,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from slidescale.engine.attention_map import PX_A_TILE, attention_geojson, with_legend, write_attention
+from slidescale.engine.attention_map import PX_A_TILE, attention_geojson, write_attention
+from slidescale.engine.attention_picture import attention_colours, attention_opacity, attention_overlay, with_legend
 from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
@@ -23,7 +24,6 @@ from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.heatmap import HeatmapRequest, draw_heatmap
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.predict import ComputeSettings, Predictor, SlidePrediction
-from slidescale.engine.report import attention_colours, attention_overlay
 from slidescale.engine.trained import load_run
 
 from runs import write_run
@@ -40,7 +40,7 @@ def written(real_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         tiling = tile_slide(slide, SPEC)
         weights = np.exp(np.random.default_rng(0).normal(0, 2, len(tiling.coords)))
         weights /= weights.sum()
-        write_attention(folder, "real", slide, tiling, weights, model="a model", max_px=500)
+        write_attention(folder, "real", slide, tiling, weights, model="a model", says="p 0.5", max_px=500)
     assert tiling.side_px % 1 > 0.1, "or rounding goes untested"
     return folder, tiling, weights
 
@@ -224,7 +224,7 @@ def test_files_lie_within_the_slides_bounds(real_slide: Path, tmp_path: Path) ->
         tiling = tile_slide(slide, spec)
         assert (tiling.coords >= offset).all()
         weights = np.random.default_rng(0).dirichlet(np.ones(len(tiling.coords)))
-        write_attention(tmp_path, "real", slide, tiling, weights, model="m", max_px=300)
+        write_attention(tmp_path, "real", slide, tiling, weights, model="m", says="p 0.5", max_px=300)
         mpp_um = slide.mpp_um
     corners = [np.array(each["geometry"]["coordinates"][0]).min(axis=0) for each in features_of(tmp_path)]
     np.testing.assert_array_equal(corners, tiling.coords - offset)
@@ -245,16 +245,17 @@ def test_picture_has_a_legend(written: tuple[Path, Tiling, np.ndarray]) -> None:
     folder, _, _ = written
     picture = np.asarray(Image.open(folder / "real_attention.png"))
     below = picture[500:]
-    ends = np.rint(attention_colours(np.array([1 / 8, 8]) / 2)).astype(np.uint8)
-    for colour in ends:
-        assert (below == colour).all(axis=2).sum() > 10
+    folds = np.array([1.001, 8]) / 2  # of two tiles
+    opacity = attention_opacity(folds)[:, None]
+    for colour in opacity * attention_colours(folds) + (1 - opacity) * 255:
+        assert (np.abs(below - colour).max(axis=2) <= 1).sum() > 10
     assert len(np.unique(below.reshape(-1, 3), axis=0)) > 100, "a bar of many colours"
     narrow = with_legend(np.zeros((10, 20, 3), np.uint8), "x" * 1000)
     assert narrow.shape[1] > 400
 
 
 def test_overlay_has_no_seams() -> None:
-    """Uniform attention colours a plain slide uniformly, at any scale."""
+    """Tiles of equal attention colour a plain slide uniformly, at any scale; those of the mean and less not at all."""
 
     class Plain:
         width = height = 5000
@@ -265,10 +266,15 @@ def test_overlay_has_no_seams() -> None:
     side = 447.3
     cells = np.stack(np.meshgrid(np.arange(11), np.arange(11)), axis=-1).reshape(-1, 2)
     tiling = Tiling(np.rint(cells * side).astype(np.int64), side)
+    weights = np.where(cells[:, 0] < 5, 1.8, 0.2)
     for max_px in (97, 331, 640):
-        both = attention_overlay(Plain(), tiling, np.full(121, 1 / 121), max_px=max_px)  # type: ignore[arg-type]
-        covered = both[: int(11 * side * max_px / 5000), max_px : max_px + int(11 * side * max_px / 5000)]
-        assert len(np.unique(covered.reshape(-1, 3), axis=0)) == 1
+        both = attention_overlay(Plain(), tiling, weights / weights.sum(), max_px=max_px)  # type: ignore[arg-type]
+        height, width = int(11 * side * max_px / 5000), int(5 * side * max_px / 5000)
+        covered = both[:height, max_px : max_px + width]
+        assert len(np.unique(covered.reshape(-1, 3), axis=0)) == 1 and covered[0, 0].tolist() != [200, 200, 200]
+        assert (both[:, max_px + width + 2 :] == 200).all()
+        even = attention_overlay(Plain(), tiling, np.full(121, 1 / 121), max_px=max_px)  # type: ignore[arg-type]
+        assert (even == 200).all()
 
 
 def test_command(real_slide: Path, tmp_path: Path) -> None:

@@ -461,11 +461,40 @@ def test_every_rank_hears_of_a_full_disk(world: GetWorld, sharp_run: Path, demo_
 
 
 def test_heatmaps_that_cannot_be_written_cost_no_prediction(sharp_run: Path, real_slide: Path, tmp_path: Path) -> None:
-    (tmp_path / "maps").touch()
+    (tmp_path / "maps" / f"{real_slide.stem}_attention.png").mkdir(parents=True)
     request = PredictRequest(run=sharp_run, slides=(real_slide,), out=tmp_path / "p.csv", heatmaps=tmp_path / "maps")
-    with pytest.raises(UserError, match=f"1 of 1 slides failed:\n  {real_slide.stem}: no heatmap: .*maps"):
+    with pytest.raises(UserError, match=f"1 of 1 slides failed:\n  {real_slide.stem}: no heatmap: .*is a folder"):
         predict_slides(request)
     assert len(read_csv(tmp_path / "p.csv")) == 1
+
+
+def test_nothing_is_written_over_what_is_not_a_table_of_predictions(
+    sharp_run: Path, cohort_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs under any name, files of the run, tables of the user's, links and devices stay as they are."""
+    (tmp_path / "mine.csv").write_text("slide,label\n")
+    (tmp_path / "link.csv").symlink_to(cohort_copy)
+    (tmp_path / "hard.csv").hardlink_to(cohort_copy)
+    (tmp_path / "own_metrics.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Predictor, "predict", no_slide)
+    slide = cohort_copy.parent / read_csv(cohort_copy)[0]["path"]
+    places = {
+        cohort_copy: "is an input", slide: "is an input", tmp_path / "hard.csv": "is an input",
+        sharp_run / "config.json": "is an input", sharp_run / "model.safetensors": "is an input",
+        tmp_path / "mine.csv": "is no such result", tmp_path / "own.csv": "is no such result",
+        tmp_path / "link.csv": "symbolic link", tmp_path / "pipe": "device", Path("/dev/null"): "device",
+    }  # fmt: skip
+    before = {path: path.read_bytes() for path in places if path.is_file()}
+    for out, reason in places.items():
+        with pytest.raises(UserError, match=f"cannot write {out}: .*{reason}"):
+            predict_slides(PredictRequest(run=sharp_run, manifest=cohort_copy, out=out))
+    assert before == {path: path.read_bytes() for path in places if path.is_file()}
+    (tmp_path / "maps").touch()
+    with pytest.raises(UserError, match="cannot write .*maps"):
+        predict_slides(
+            PredictRequest(run=sharp_run, manifest=cohort_copy, out=tmp_path / "p.csv", heatmaps=tmp_path / "maps")
+        )
 
 
 # ---- (e) slides with labels
@@ -484,7 +513,8 @@ def test_metrics_of_labelled_slides(
         predict_slides(PredictRequest(run=trained_run, manifest=cohort_copy, out=tmp_path / "p.csv"))
     found = json.loads((tmp_path / "p_metrics.json").read_text())
     own = json.loads((trained_run / "metrics.json").read_text())
-    assert (found["split"], found["in_train_or_val"]) == ("external", 0)
+    slides = len(read_csv(cohort_copy))
+    assert (found["split"], found["in_train_or_val"]) == ("external", slides), "by their names, wherever they are now"
     assert found["positive_class"] == own["positive_class"] == "mutant"
     assert found["values"].keys() == own["values"].keys()
     for name, estimate in own["values"].items():
@@ -495,11 +525,16 @@ def test_metrics_of_labelled_slides(
     assert figures == {path.name for path in (trained_run / "figures").iterdir()}
     line = next(message for message in caplog.messages if message.startswith("auroc"))
     assert "of mutant, of" in line and "p_metrics.json" in line
-    assert "flatter" not in caplog.text
+    assert f"of these slides, {slides} are in split val of this run itself" in caplog.text
 
     predict_slides(PredictRequest(run=trained_run, manifest=demo_manifest, out=tmp_path / "all.csv"))
-    assert "12 slides are in split train or val" in caplog.text
-    assert json.loads((tmp_path / "all_metrics.json").read_text())["in_train_or_val"] == 12
+    assert f" are in split train and {slides} are in split val of this run itself" in caplog.text
+    seen = sum(row["split"] in ("train", "val") for row in read_csv(demo_manifest))
+    assert json.loads((tmp_path / "all_metrics.json").read_text())["in_train_or_val"] == seen
+    caplog.clear()
+    edit_manifest(cohort_copy, lambda rows: [row | {"slide_id": f"other-{row['slide_id']}"} for row in rows])
+    predict_slides(PredictRequest(run=trained_run, manifest=cohort_copy, out=tmp_path / "p.csv"))
+    assert "of this run itself" not in caplog.text
 
 
 @pytest.mark.parametrize(

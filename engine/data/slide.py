@@ -64,7 +64,7 @@ class Slide:
     """
 
     def __init__(self, path: Path, *, default_mpp_um: float | None = None, mpp_um: float | None = None) -> None:
-        self.path = path
+        self.path = path = Path(path)
         self._file = reading(path, f"cannot open {path}", self._open, (openslide.OpenSlideError, OSError))
         self.width, self.height = self._file.dimensions
         self.bounds = _bounds(self._file)
