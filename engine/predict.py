@@ -222,7 +222,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     if own := world.ask_main(lambda: known_splits(run.folder, files)):
         log.warning(
             "of these slides, %s of this run itself: what it says of them is no evidence for others",
-            " and ".join(f"{count} are in split {split}" for split, count in own.items()),
+            " and ".join(f"{count} are in split {split}" for split, count in sorted(own.items())),
         )
         seen = max(seen, own["train"] + own["val"])
     elif seen:
