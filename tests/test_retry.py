@@ -77,7 +77,7 @@ def test_an_error_that_stays_is_not_damage(real_slide: Path, monkeypatch: pytest
 def test_what_is_missing_or_damaged_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "damaged.svs").write_bytes(b"not a slide")
     (tmp_path / "folder.svs").mkdir()
-    for name, reason in (("none.svs", "no such file"), ("damaged.svs", "Unsupported"), ("folder.svs", "directory")):
+    for name, reason in (("none.svs", "no such file"), ("damaged.svs", "not of a kind"), ("folder.svs", "directory")):
         with pytest.raises(SlideError, match=f"cannot open .*{name}: .*{reason}") as caught:
             Slide(tmp_path / name)
         assert not isinstance(caught.value, SlideUnavailableError)
@@ -208,7 +208,7 @@ def test_all_slides_are_looked_at_before_the_run_stops(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("60 of 60 slides are unusable, more than the share --data.max-excluded 0.1")
     assert lines[1] == "  40 × cannot open FILE: no such file (s20, s21, s22, …)"
-    assert lines[2].startswith("  20 × cannot open FILE: Unsupported")
+    assert lines[2].startswith("  20 × cannot open FILE: it is not of a kind")
     assert lines[3].endswith("excluded.csv") and len(lines) == 4
     assert len(read_csv(tmp_path / "excluded.csv")) == 60
 
