@@ -1,8 +1,10 @@
 """Files of weights as they are found: wrapped, prefixed, damaged, or not weights at all."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -32,7 +34,8 @@ def wrapped(state: dict[str, Tensor], form: str) -> Any:
     match form:
         case "dino":
             student = prefixed(prefixed(other, "backbone."), "module.") | prefixed(head, "module.")
-            return {"student": student, "teacher": prefixed(state, "backbone.") | head, "epoch": 3, "args": {"lr": 1.0}}
+            args = argparse.Namespace(lr=1.0, output_dir=Path("out"), best=np.float64(0.5), epochs=np.int64(3))
+            return {"student": student, "teacher": prefixed(state, "backbone.") | head, "epoch": 3, "args": args}
         case "dinov2":
             return {"teacher": prefixed(state, "backbone.") | prefixed(head, "dino_")}
         case "lightning":

@@ -1,10 +1,12 @@
 """A file of an encoder's weights: read without running code, unwrapped, and named as timm names them."""
 
+import argparse
 import pickle
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +20,11 @@ from slidescale.engine.errors import ConfigError
 WRAPPERS = (
     "state_dict_ema", "model_ema", "teacher", "state_dict", "model_state_dict", "model", "student", "encoder", "net",
 )  # fmt: skip
+# What trainers keep beside tensors, and holds values only: their command line, their paths, and NumPy's numbers.
+HARMLESS = [
+    argparse.Namespace, PosixPath, np.dtype, np._core.multiarray.scalar, type(np.dtype("f4")), type(np.dtype("f8")),
+    type(np.dtype("i4")), type(np.dtype("i8")), type(np.dtype("?")),
+]  # fmt: skip
 SHOWN = 3
 
 
@@ -73,10 +80,11 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device="cpu")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch says so where a pickle asks for a function or class, and of a broken file that an operand is unknown.
-        if any(f"Unsupported {what}" in str(error) for what in ("global", "class")):
+        if any(f"unsupported {what}" in str(error).lower() for what in ("global", "class")):
             raise ConfigError(
                 f"model.weights: {path} is a pickle of more than tensors, which would run code as it is read: save "
                 "its state dict alone, by torch.save(model.state_dict(), FILE)"
