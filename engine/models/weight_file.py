@@ -20,10 +20,12 @@ from slidescale.engine.errors import ConfigError
 WRAPPERS = (
     "state_dict_ema", "model_ema", "teacher", "state_dict", "model_state_dict", "model", "student", "encoder", "net",
 )  # fmt: skip
-# What trainers keep beside tensors, and holds values only: their command line, their paths, and NumPy's numbers.
+# What trainers keep beside tensors, and holds values only: their command line, paths, and NumPy's numbers, which older
+# versions of NumPy name otherwise.
+_NUMBER = np.float64(0).__reduce__()[0]
 HARMLESS = [
-    argparse.Namespace, PosixPath, np.dtype, np._core.multiarray.scalar, type(np.dtype("f4")), type(np.dtype("f8")),
-    type(np.dtype("i4")), type(np.dtype("i8")), type(np.dtype("?")),
+    argparse.Namespace, PosixPath, np.dtype, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
 ]  # fmt: skip
 SHOWN = 3
 
