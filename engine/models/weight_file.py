@@ -23,7 +23,7 @@ WRAPPERS = (
 # What trainers keep beside tensors, and holds values only: their command line, paths, and NumPy's numbers, which older
 # versions of NumPy name otherwise.
 _NUMBER = np.float64(0).__reduce__()[0]
-HARMLESS = [
+HARMLESS: list[Any] = [
     argparse.Namespace, PosixPath, np.dtype, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
 ]  # fmt: skip
