@@ -252,6 +252,8 @@ def _with_mean_1(weights: Sequence[float], targets: Sequence[tuple[float, ...]])
 
 def _label_scales(weights: Sequence[float], targets: Sequence[tuple[float, ...]]) -> list[float]:
     """Of each label, 1 over the mean over its slides of the weight where they have it, and 1 where not."""
+    if not weights:
+        return []
     columns = zip(*targets, strict=True)
     means = [
         np.mean([weight if value else 1.0 for value in column if not math.isnan(value)])

@@ -215,6 +215,8 @@ def test_weights_do_not_change_the_size_of_the_loss() -> None:
     assert sum(weights[int(index)] for (index,) in train) == pytest.approx(len(train))
     labels = [(1.0, NAN), (0.0, 1.0), (0.0, 1.0), (NAN, 0.0), (0.0, NAN)]
     found = fit_objective("multi_label", 2, labels, class_weights=(5.0, 0.5), survival_bins=4)
+    plain = fit_objective("multi_label", 2, labels, class_weights=(), survival_bins=4)
+    assert plain.settings()["scales"] == [1.0, 1.0]
     # Logits of 0 cost log 2 with each label, whatever it is.
     even = torch.zeros(2, dtype=torch.float64)
     first = sum(found(even, as_target((label, NAN))).item() for label, _ in labels if not math.isnan(label))
