@@ -248,6 +248,8 @@ def test_make_egfr_takes_deepspeed_for_several_ranks_only(words: list[str], comm
     root = Path(__file__).parent.parent
     asked = ["make", "--dry-run", "--no-print-directory", "egfr", "ARGS=--run.seed 1", *words]
     # Without what a make that runs the tests hands on.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "RANKS", "ARGS"))}
+    alone = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "RANKS", "ARGS"))
+    }
     shown = subprocess.run(asked, cwd=root, env=alone, capture_output=True, text=True, check=True).stdout
     assert " ".join(shown.replace("\\\n", " ").split()).endswith(command)
