@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=list(packages),
     package_dir=packages,
-    entry_points={"console_scripts": ["slidescale = slidescale.engine.cli:main"]},
+    entry_points={"console_scripts": ["slidescale = slidescale.engine.commands.cli:main"]},
     install_requires=[
         # torchvision (which timm imports) is built for exactly one torch.
         "torch>=2.14.1,<2.15",

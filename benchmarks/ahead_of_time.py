@@ -96,7 +96,7 @@ ARCHITECTURES = [
     Architecture("sm_100", "B200", "cuda", 100, 32, 227 * KIB, 228 * KIB, 255, 65536, 256, 64, 2250e12, 75e12, 8000e9),
     Architecture("gfx90a", "MI250X", "hip", "gfx90a", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 192e12, 48e12, 1638e9),
     Architecture("gfx942", "MI300X", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 512, 512, 8, 8, 1307e12, 163e12, 5300e9),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,16 @@ def describe(compiled: list[Compiled], shape: Shape) -> str:
     faulty = [f"{each.label} on {each.architecture}" for each in compiled if not each.fits]
     verdict = f"{len(faulty)} do not fit: {'; '.join(faulty)}" if faulty else "no register spills, and all fit"
     limits = [
-        [each.name, each.device, f"{each.registers}", f"{each.shared / KIB:.0f}", f"{each.half / 1e12:.0f}",
-         f"{each.bandwidth / 1e9:,.0f}"]
+        [
+            each.name,
+            each.device,
+            f"{each.registers}",
+            f"{each.shared / KIB:.0f}",
+            f"{each.half / 1e12:.0f}",
+            f"{each.bandwidth / 1e9:,.0f}",
+        ]
         for each in ARCHITECTURES
-    ]  # fmt: skip
+    ]
     taken = [
         [label, str(forms[names[0]].warps), *[_cell(forms[name]) for name in names]]
         for label, forms in by_label.items()
@@ -226,20 +232,24 @@ def describe(compiled: list[Compiled], shape: Shape) -> str:
             [name, f"{flops / 1e9:.2f}", f"{moved / 1e6:.0f}", f"{flops / moved:.0f}"]
             + [f"{1e6 * seconds:.0f} ({bound})" for seconds, bound in least]
         )
-    return "\n\n".join([
-        "## Compiled ahead of time",
-        f"Every Triton kernel in every form that it is launched in: {len(by_label)} forms, {len(compiled)} "
-        f"compilations; {verdict}.",
-        table(["architecture", "device", "registers", "shared KiB", "TFLOP/s, 16 bits", "GB/s"], limits),
-        "Registers of a thread / KiB of shared memory of a block / occupancy by arithmetic, from these and the block's "
-        "threads. A matrix product needs little occupancy: its blocks wait for memory that they asked for beforehand.",
-        table(["kernel", "warps", *names], taken),
-        f"Rooflines in bf16, at K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, {shape.branches} branch"
-        f"{'es' * (shape.branches > 1)}, and {shape.tiles} tiles of {shape.tile_px} px: the work of each kernel, and "
-        "the least microseconds that it could take by data sheet. Features that a program reads again count once, "
-        "since they come from the L2 cache then; the gate's gradient counts as moved, though it may stay in there.",
-        table(["kernel", "GFLOP", "MB", "FLOP/byte", *[f"{name}, µs" for name in names]], roofs),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            "## Compiled ahead of time",
+            f"Every Triton kernel in every form that it is launched in: {len(by_label)} forms, {len(compiled)} "
+            f"compilations; {verdict}.",
+            table(["architecture", "device", "registers", "shared KiB", "TFLOP/s, 16 bits", "GB/s"], limits),
+            "Registers of a thread / KiB of shared memory of a block / occupancy by arithmetic, from these and the "
+            "block's threads. A matrix product needs little occupancy: its blocks wait for memory that "
+            "they asked for before.",
+            table(["kernel", "warps", *names], taken),
+            f"Rooflines in bf16, at K = {shape.k:,}, D = {shape.dim}, L = {shape.width}, {shape.branches} branch"
+            f"{'es' * (shape.branches > 1)}, and {shape.tiles} tiles of {shape.tile_px} px: the work of each kernel, "
+            "and the least microseconds that it could take by data sheet. Features that a program reads again count "
+            "once, since they come from the L2 cache then; the gate's gradient counts as moved, though it may "
+            "stay in there.",
+            table(["kernel", "GFLOP", "MB", "FLOP/byte", *[f"{name}, µs" for name in names]], roofs),
+        ]
+    )
 
 
 def _cell(form: Compiled) -> str:

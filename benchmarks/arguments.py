@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from slidescale.engine.place import has_bf16
+from slidescale.engine.training.place import has_bf16
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks

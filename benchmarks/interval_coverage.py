@@ -4,9 +4,9 @@
 
 A cohort has patients of one to four slides. A slide's score is its patient's part and a part of its own, of which the
 patient's is `CORRELATION` of the variance, and the scores of the two classes lie as far apart as an area under the ROC
-curve asks for. `engine/intervals.py` is asked for the intervals of each cohort; beside it are the percentiles of the
-same resamples, and those of slides that are drawn one by one, as if a patient's slides were independent. The table is
-printed, and written into docs/intervals.md.
+curve asks for. The intervals of each cohort are those of `engine/evaluation/intervals.py`; beside them are the
+percentiles of the same resamples, and those of slides that are drawn one by one, as if a patient's
+slides were independent. The table is printed, and written into docs/intervals.md.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 from scipy.stats import norm
 
-from slidescale.engine import intervals
-from slidescale.engine.intervals import report
+from slidescale.engine.evaluation import intervals
+from slidescale.engine.evaluation.intervals import report
 from slidescale.engine.markdown import table
 
 from page import write_section
@@ -54,9 +54,15 @@ class Setting:
 
 
 SETTINGS = [
-    Setting(20, 0.5, 0.8), Setting(20, 0.5, 0.96), Setting(40, 0.5, 0.8), Setting(40, 0.5, 0.96),
-    Setting(40, 0.15, 0.8), Setting(100, 0.3, 0.5), Setting(100, 0.3, 0.8), Setting(300, 0.3, 0.8),
-]  # fmt: skip
+    Setting(20, 0.5, 0.8),
+    Setting(20, 0.5, 0.96),
+    Setting(40, 0.5, 0.8),
+    Setting(40, 0.5, 0.96),
+    Setting(40, 0.15, 0.8),
+    Setting(100, 0.3, 0.5),
+    Setting(100, 0.3, 0.8),
+    Setting(300, 0.3, 0.8),
+]
 METRICS = ("auroc", "balanced_accuracy", "accuracy", "class/positive/recall")
 METHODS = ("report", "percentiles", "slides one by one")
 

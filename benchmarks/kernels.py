@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from slidescale.engine.markdown import table
-from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
+from slidescale.engine.memory.usage import held_bytes, peak_gib, return_freed_memory
+from slidescale.engine.units import GIB
 from slidescale.kernels.gated_attention import Gate, gated_attention
 from slidescale.kernels.gated_attention.reference import gated_attention as define_attention
 from slidescale.kernels.tile_prep import prepare_tiles
@@ -55,9 +56,13 @@ def attention_inputs(shape: Shape, k: int, dtype: torch.dtype, device: torch.dev
 
     wide = (shape.width, shape.dim)
     gate = Gate(
-        draw(*wide, scale=shape.dim**-0.5), draw(shape.width), draw(*wide, scale=shape.dim**-0.5), draw(shape.width),
-        draw(shape.branches, shape.width, scale=shape.width**-0.5), draw(shape.branches),
-    )  # fmt: skip
+        draw(*wide, scale=shape.dim**-0.5),
+        draw(shape.width),
+        draw(*wide, scale=shape.dim**-0.5),
+        draw(shape.width),
+        draw(shape.branches, shape.width, scale=shape.width**-0.5),
+        draw(shape.branches),
+    )
     return draw(k, shape.dim, dtype=dtype), gate
 
 
@@ -225,18 +230,20 @@ def measure(args: argparse.Namespace) -> int:
         for each in measure_one(what, hows, shape, dtype, device, args)
     ]
     kind = "a GPU" if device.type == "cuda" else "a CPU"
-    text = "\n\n".join([
-        f"## Measured on {kind}",
-        "PyTorch is the definition in its own operators, and what ratios are to. Extra memory is the peak beyond the "
-        "inputs, gradients included, each in a process of its own. Bytes are those that must cross the memory.",
-        f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns. Measured ceilings: "
-        f"{ceilings[0] / 1e9:.0f} GB/s (copy), {ceilings[1] / 1e12:.2f} TFLOP/s (matrix product).",
-        *(
-            part
-            for what, title in titles.items()
-            for part in (f"**{title}**", tell([each for each in results if each["what"] == what], ceilings))
-        ),
-    ])  # fmt: skip
+    text = "\n\n".join(
+        [
+            f"## Measured on {kind}",
+            "PyTorch is the definition in its own operators, and what ratios are to. Extra memory is the peak beyond "
+            "the inputs, gradients included, each in a process of its own. Bytes are those that must cross the memory.",
+            f"On {machine(device, args.threads)}, {args.dtype}; the best of {args.turns} turns. Measured ceilings: "
+            f"{ceilings[0] / 1e9:.0f} GB/s (copy), {ceilings[1] / 1e12:.2f} TFLOP/s (matrix product).",
+            *(
+                part
+                for what, title in titles.items()
+                for part in (f"**{title}**", tell([each for each in results if each["what"] == what], ceilings))
+            ),
+        ]
+    )
     print(text)
     write(args, f"on {kind}", text, results)
     return 0
@@ -253,30 +260,53 @@ def measure_one(
     for how in hows:
         flops, moved = work_of(what, how, shape, dtype)
         best = min(seconds[how])
-        results.append({
-            "what": what, "kernels": how, "seconds": best, "median_seconds": statistics.median(seconds[how]),
-            "time_ratio": best / min(seconds["PyTorch"]), "extra_mib": memory[how] / MIB,
-            "memory_ratio": memory[how] / memory["PyTorch"], "bytes_per_s": moved / best, "flops_per_s": flops / best,
-        })  # fmt: skip
+        results.append(
+            {
+                "what": what,
+                "kernels": how,
+                "seconds": best,
+                "median_seconds": statistics.median(seconds[how]),
+                "time_ratio": best / min(seconds["PyTorch"]),
+                "extra_mib": memory[how] / MIB,
+                "memory_ratio": memory[how] / memory["PyTorch"],
+                "bytes_per_s": moved / best,
+                "flops_per_s": flops / best,
+            }
+        )
     return results
 
 
 def tell(results: list[dict[str, Any]], ceilings: tuple[float, float]) -> str:
     """The table of one computation."""
     header = [
-        "kernels", "ms", "time ratio", "median ms", "extra MiB", "memory ratio", "error", "GB/s (of ceiling)",
+        "kernels",
+        "ms",
+        "time ratio",
+        "median ms",
+        "extra MiB",
+        "memory ratio",
+        "error",
+        "GB/s (of ceiling)",
         "TFLOP/s (of ceiling)",
-    ]  # fmt: skip
+    ]
     bandwidth, flops = ceilings
-    return table(header, [
+    return table(
+        header,
         [
-            each["kernels"], f"{1e3 * each['seconds']:.1f}", f"{each['time_ratio']:.2f}",
-            f"{1e3 * each['median_seconds']:.1f}", f"{each['extra_mib']:.0f}", f"{each['memory_ratio']:.2f}",
-            f"{each['error']:.1e}", f"{each['bytes_per_s'] / 1e9:.1f} ({each['bytes_per_s'] / bandwidth:.0%})",
-            f"{each['flops_per_s'] / 1e12:.3f} ({each['flops_per_s'] / flops:.0%})",
-        ]
-        for each in results
-    ])  # fmt: skip
+            [
+                each["kernels"],
+                f"{1e3 * each['seconds']:.1f}",
+                f"{each['time_ratio']:.2f}",
+                f"{1e3 * each['median_seconds']:.1f}",
+                f"{each['extra_mib']:.0f}",
+                f"{each['memory_ratio']:.2f}",
+                f"{each['error']:.1e}",
+                f"{each['bytes_per_s'] / 1e9:.1f} ({each['bytes_per_s'] / bandwidth:.0%})",
+                f"{each['flops_per_s'] / 1e12:.3f} ({each['flops_per_s'] / flops:.0%})",
+            ]
+            for each in results
+        ],
+    )
 
 
 def compile_ahead(args: argparse.Namespace) -> int:

@@ -11,9 +11,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # One colour for each policy and baseline; baselines are in greys and browns.
 COLOURS = {
-    "recompute": "#0072b2", "auto": "#009e73", "keep": "#d55e00", "offload": "#cc79a7",
-    "plain": "#555555", "checkpoint": "#999999", "hub": "#8c564b", "frozen": "#c9b45a",
-}  # fmt: skip
+    "recompute": "#0072b2",
+    "auto": "#009e73",
+    "keep": "#d55e00",
+    "offload": "#cc79a7",
+    "plain": "#555555",
+    "checkpoint": "#999999",
+    "hub": "#8c564b",
+    "frozen": "#c9b45a",
+}
 STYLES = ["-", "--", ":", "-."]
 # Of each decade of a vertical axis, what is labelled.
 SUBDIVISIONS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
@@ -34,9 +40,12 @@ def draw(path: Path, lines: list[tuple[str, list[dict[str, Any]]]], *, limit_gib
         policy = rows[0]["policy"]
         turn = kinds[policy] = kinds.get(policy, -1) + 1
         look: dict[str, Any] = {
-            "color": COLOURS[policy], "linestyle": STYLES[turn % len(STYLES)], "marker": MARKS[turn % len(MARKS)],
-            "markersize": 5, "linewidth": 1.8,
-        }  # fmt: skip
+            "color": COLOURS[policy],
+            "linestyle": STYLES[turn % len(STYLES)],
+            "marker": MARKS[turn % len(MARKS)],
+            "markersize": 5,
+            "linewidth": 1.8,
+        }
         done = [row for row in rows if row["status"] == "ok"]
         memory.plot([row["k"] for row in done], [row["peak_gib"] for row in done], label=name, **look)
         speed.plot([row["k"] for row in done], [row["tiles_per_s"] for row in done], label=name, **look)
@@ -68,9 +77,11 @@ def draw(path: Path, lines: list[tuple[str, list[dict[str, Any]]]], *, limit_gib
     speed.set_title("Throughput", loc="left", fontsize=11)
     first = lines[0][1][0]
     figure.suptitle(
-        f"{first['encoder']}, {first['tile']} px, {first['dtype']}, {first['device'].upper()}", x=0.01, ha="left",
+        f"{first['encoder']}, {first['tile']} px, {first['dtype']}, {first['device'].upper()}",
+        x=0.01,
+        ha="left",
         fontsize=11,
-    )  # fmt: skip
+    )
     handles, labels = memory.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)

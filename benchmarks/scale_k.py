@@ -29,17 +29,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.markdown import table
-from slidescale.engine.memory.usage import GIB, available_bytes, format_size, parse_size
-from slidescale.engine.stopwatch import PHASES
+from slidescale.engine.memory.usage import available_bytes
+from slidescale.engine.training.stopwatch import PHASES
+from slidescale.engine.units import GIB, format_size, parse_size
 
 from arguments import HEAD, add_chunk, add_common, settle
-from cell import PLANTED, measure
-from drawn_slide import write_slide
-from harness import Ended, Limits, Rows, describe_machine, tell_machine
-from judgement import Judge
+from cells.cell import PLANTED, measure
+from cells.drawn_slide import write_slide
+from cells.harness import Ended, Limits, Rows, describe_machine, tell_machine
+from cells.judgement import Judge
+from cells.ways import BASELINES, POLICIES, STRATEGIES, Cell
 from page import write_section
 from picture import draw
-from ways import BASELINES, POLICIES, STRATEGIES, Cell
 
 # What a row has of its cell, and what it has measured.
 SETTINGS = ("k", "policy", "strategy", "ranks", "encoder", "tile", "chunk", "dtype", "device")
@@ -51,9 +52,17 @@ SHARE_OF_FREE = 0.9
 def configurations(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     """Each configuration at the smallest K, and what there is no such configuration of."""
     base = Cell(
-        policy="", strategy="single", ranks=1, k=min(args.k), encoder=args.encoder, tile=args.tile, chunk=args.chunk,
-        dtype=args.dtype, device=args.device, steps=steps_at(min(args.k), args),
-    )  # fmt: skip
+        policy="",
+        strategy="single",
+        ranks=1,
+        k=min(args.k),
+        encoder=args.encoder,
+        tile=args.tile,
+        chunk=args.chunk,
+        dtype=args.dtype,
+        device=args.device,
+        steps=steps_at(min(args.k), args),
+    )
     found, missing = [], []
     for baseline in args.baseline:
         if baseline != "hub":
@@ -104,9 +113,12 @@ def sweep(cells: list[Cell], args: argparse.Namespace, rows: Rows, slide: Path) 
         for k in args.k:
             cell = replace(first, k=k, steps=steps_at(k, args))
             settings = {
-                **cell.as_dict(), "memory_limit": args.memory_limit, "time_limit": args.time_limit,
-                "compared": not found, "planted": os.environ.get(PLANTED),
-            }  # fmt: skip
+                **cell.as_dict(),
+                "memory_limit": args.memory_limit,
+                "time_limit": args.time_limit,
+                "compared": not found,
+                "planted": os.environ.get(PLANTED),
+            }
             if args.memory_limit == "auto" and not args.budget:
                 settings.pop("budget")  # it was what was free then
             row = rows.find(settings)
@@ -162,9 +174,18 @@ def tell(found: list[list[dict[str, Any]]]) -> str:
     rows = [row for each in found for row in each]
     hubs = {(row["ranks"], row["k"]): row["tiles_per_s"] for row in rows if row["policy"] == "hub"}
     header = [
-        "configuration", "K", "chunk", "peak GiB", "of it held", "steps", "step s", "tiles/s", "slides/h", "× hub",
+        "configuration",
+        "K",
+        "chunk",
+        "peak GiB",
+        "of it held",
+        "steps",
+        "step s",
+        "tiles/s",
+        "slides/h",
+        "× hub",
         "error",
-    ]  # fmt: skip
+    ]
     lines = []
     for row in rows:
         head = [name_of(row), f"{row['k']:,}"]
@@ -172,11 +193,18 @@ def tell(found: list[list[dict[str, Any]]]) -> str:
             lines.append([*head, "", f"**{row['status']}**", *[""] * 6, error_of(row)])
             continue
         hub = hubs.get((row["ranks"], row["k"]))
-        lines.append([
-            *head, str(row["chunk"]), f"{row['peak_gib']:.2f}", f"{row['base_gib']:.2f}", str(len(row["steps_s"])),
-            *(_short(row[name]) for name in ("step_s", "tiles_per_s", "slides_per_h")),
-            f"{row['tiles_per_s'] / hub:.2f}" if hub else "", error_of(row),
-        ])  # fmt: skip
+        lines.append(
+            [
+                *head,
+                str(row["chunk"]),
+                f"{row['peak_gib']:.2f}",
+                f"{row['base_gib']:.2f}",
+                str(len(row["steps_s"])),
+                *(_short(row[name]) for name in ("step_s", "tiles_per_s", "slides_per_h")),
+                f"{row['tiles_per_s'] / hub:.2f}" if hub else "",
+                error_of(row),
+            ]
+        )
     shares = [
         [name_of(row), f"{row['k']:,}", *(f"{row['shares'][phase]:.1%}" for phase in PHASES)]
         for each in found

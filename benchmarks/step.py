@@ -21,17 +21,17 @@ import torch
 
 from slidescale.engine.data.bag import Bag
 from slidescale.engine.data.manifest import ManifestRow
-from slidescale.engine.feed import Share, Step
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
-from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.strategy import SingleStrategy
-from slidescale.engine.place import has_bf16
-from slidescale.engine.step import TrainStep
+from slidescale.engine.strategies.strategy import SingleStrategy
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training.feed import Share, Step
+from slidescale.engine.training.place import has_bf16
+from slidescale.engine.training.step import TrainStep
 from slidescale.kernels.dispatch import choose_kernels
 
-from ways import CLASSES, Cell
+from cells.ways import CLASSES, Cell
 
 
 def make_step(tiles: torch.Tensor, chunk: int, stored: int) -> Step:
@@ -49,9 +49,17 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     device, k, chunk = torch.device(args.device), args.k, args.chunk
     bf16 = has_bf16(device)
     cell = Cell(
-        policy="keep", strategy="single", ranks=1, k=k, encoder=args.encoder, tile=args.tile, chunk=chunk,
-        dtype="bfloat16" if bf16 else "float32", device=args.device, steps=args.turns,
-    )  # fmt: skip
+        policy="keep",
+        strategy="single",
+        ranks=1,
+        k=k,
+        encoder=args.encoder,
+        tile=args.tile,
+        chunk=chunk,
+        dtype="bfloat16" if bf16 else "float32",
+        device=args.device,
+        steps=args.turns,
+    )
     kernels = choose_kernels("auto", device)
     model = make_model(cell.config(), classes=len(CLASSES), bf16=bf16, kernels=kernels).to(device).train()
     generator = torch.Generator().manual_seed(0)

@@ -22,17 +22,18 @@ from typing import Any
 import torch
 
 from slidescale.engine.markdown import table
-from slidescale.engine.memory.usage import available_bytes, format_size
-from slidescale.engine.stopwatch import PHASES
+from slidescale.engine.memory.usage import available_bytes
+from slidescale.engine.training.stopwatch import PHASES
+from slidescale.engine.units import format_size
 
 from arguments import HEAD, add_chunk, add_common, settle
-from cell import PLANTED
-from communication import total
-from drawn_slide import write_slide
-from harness import Limits, Rows, describe_machine, tell_machine
-from judgement import Judge
+from cells.cell import PLANTED
+from cells.communication import total
+from cells.drawn_slide import write_slide
+from cells.harness import Limits, Rows, describe_machine, tell_machine
+from cells.judgement import Judge
+from cells.ways import POLICIES, STRATEGIES, Cell
 from page import write_section
-from ways import POLICIES, STRATEGIES, Cell
 
 # The part of what is free that the ranks may take together on a CPU; this process and the system need the rest.
 SHARE_OF_FREE = 0.9
@@ -47,10 +48,18 @@ def measure_all(args: argparse.Namespace, rows: Rows, slide: Path) -> list[dict[
     found = []
     for strategy in args.strategy:
         cell = Cell(
-            policy=args.policy, strategy=strategy, ranks=args.ranks, k=args.k, encoder=args.encoder, tile=args.tile,
-            chunk=args.chunk, dtype=args.dtype, device=args.device, steps=args.steps,
+            policy=args.policy,
+            strategy=strategy,
+            ranks=args.ranks,
+            k=args.k,
+            encoder=args.encoder,
+            tile=args.tile,
+            chunk=args.chunk,
+            dtype=args.dtype,
+            device=args.device,
+            steps=args.steps,
             counted=tuple(sorted({args.k, *args.merge_k})),
-        )  # fmt: skip
+        )
         settings = {**cell.as_dict(), "time_limit": args.time_limit, "planted": os.environ.get(PLANTED)}
         row = rows.find(settings)
         if row is None:
@@ -66,13 +75,15 @@ def counts_of(timed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each strategy that ran says at each K, as rows of their own."""
     return [
         {
-            "strategy": row["strategy"], "k": int(k), "chunks": math.ceil(int(k) / row["ranks"] / row["chunk"]),
+            "strategy": row["strategy"],
+            "k": int(k),
+            "chunks": math.ceil(int(k) / row["ranks"] / row["chunk"]),
             "communication": communication,
         }
         for row in timed
         if row["status"] == "ok"
         for k, communication in row["communication"].items()
-    ]  # fmt: skip
+    ]
 
 
 def tell(args: argparse.Namespace, timed: list[dict[str, Any]], counted: list[dict[str, Any]]) -> str:
@@ -89,19 +100,21 @@ def tell(args: argparse.Namespace, timed: list[dict[str, Any]], counted: list[di
         times.append([row["strategy"], f"{row['step_s']:.3g}", ratio, *memory, error])
     at_k = [row for row in counted if row["k"] == args.k]
     header = ["strategy", *(name for phase in PHASES for name in _columns(phase)), "in all", "calls"]
-    return "\n\n".join([
-        f"Time and memory of a rank, at K = {args.k:,}; the error is that of the model's change over {args.steps} "
-        "steps, against plain autograd:",
-        table(["strategy", "step s", "× ddp", "peak GiB", "of it held", "error"], times),
-        "Bytes that a rank sends in a step, in rings of equal parts (gloo sends more: its reduce-scatter is an "
-        "all-reduce). Under fsdp the reduction is part of pass 2:",
-        table(header, [_bytes_of(row, "wire") for row in at_k]),
-        "Bytes that a rank hands over in a step: the whole of what is reduced, or is there after a gather:",
-        table(header, [_bytes_of(row, "payload") for row in at_k]),
-        "The merge of the ranks' pooled features, with its backward, and all else that a rank sends in a step, as K "
-        "grows:",
-        table(["strategy", "K", "chunks", "merge, sent", "all else, sent"], [_growth_of(row) for row in counted]),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"Time and memory of a rank, at K = {args.k:,}; the error is that of the model's change over {args.steps} "
+            "steps, against plain autograd:",
+            table(["strategy", "step s", "× ddp", "peak GiB", "of it held", "error"], times),
+            "Bytes that a rank sends in a step, in rings of equal parts (gloo sends more: its reduce-scatter is an "
+            "all-reduce). Under fsdp the reduction is part of pass 2:",
+            table(header, [_bytes_of(row, "wire") for row in at_k]),
+            "Bytes that a rank hands over in a step: the whole of what is reduced, or is there after a gather:",
+            table(header, [_bytes_of(row, "payload") for row in at_k]),
+            "The merge of the ranks' pooled features, with its backward, and all else that a rank sends in a step, as "
+            "K grows:",
+            table(["strategy", "K", "chunks", "merge, sent", "all else, sent"], [_growth_of(row) for row in counted]),
+        ]
+    )
 
 
 def unequal_merges(counted: list[dict[str, Any]]) -> list[str]:

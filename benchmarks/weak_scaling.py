@@ -39,15 +39,15 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.kernels.dispatch import choose_kernels
 
 from arguments import HEAD, add_common, settle
-from calibration import calibrate
-from cell import measure
-from drawn_slide import write_slide
-from harness import Limits, describe_machine, tell_machine
-from networks import Link, Network, find_network
+from cells.cell import measure
+from cells.drawn_slide import write_slide
+from cells.harness import Limits, describe_machine, tell_machine
+from cells.ways import CLASSES, STRATEGIES, Cell
 from page import write_section
-from scaling_model import TERMS, Costs, Job, Shape, device_costs, efficiency, messages, shape_of, step_terms
-from scaling_picture import draw
-from ways import CLASSES, STRATEGIES, Cell
+from scaling.calibration import calibrate
+from scaling.model import TERMS, Costs, Job, Shape, device_costs, efficiency, messages, shape_of, step_terms
+from scaling.networks import Link, Network, find_network
+from scaling.picture import draw
 
 # The largest difference between a predicted and a measured step, as a share of the measured one.
 TOLERANCE = 0.15
@@ -61,9 +61,17 @@ MORE_RANKS = (1, 2, 8, 64)
 def check_cells(args: argparse.Namespace) -> list[Cell]:
     """What is measured: each policy on one rank, and under each strategy on `args.ranks`."""
     base = Cell(
-        policy="", strategy="single", ranks=1, k=args.tiles_a_rank, encoder=args.encoder, tile=args.tile,
-        chunk=min(args.tiles_a_rank, CHUNK_CAP[args.device]), dtype=args.dtype, device=args.device, steps=args.steps,
-    )  # fmt: skip
+        policy="",
+        strategy="single",
+        ranks=1,
+        k=args.tiles_a_rank,
+        encoder=args.encoder,
+        tile=args.tile,
+        chunk=min(args.tiles_a_rank, CHUNK_CAP[args.device]),
+        dtype=args.dtype,
+        device=args.device,
+        steps=args.steps,
+    )
     many = replace(base, ranks=args.ranks, k=args.ranks * args.tiles_a_rank)
     return [
         replace(cell, policy=policy, strategy=strategy)
@@ -98,20 +106,29 @@ def costs_here(found: dict[str, Any], cell: Cell, *, threads: int, cores: float)
     measured = {operation: Link(*link) for operation, link in found["links"].items()}
     on_gpu = cell.device == "cuda"
     return Costs(
-        forward_s=found["forward_s"], both_s=found["both_s"], aggregate_s=found["aggregate_s"],
+        forward_s=found["forward_s"],
+        both_s=found["both_s"],
+        aggregate_s=found["aggregate_s"],
         update_s=lambda strategy, ranks: found["update_s"][strategy if ranks > 1 else "single"],
-        read_s=found["read_s"][str(cell.tile)], cores=cores / cell.ranks, readers=cell.config().data.readers,
-        computing=0 if on_gpu else threads, hides=("fsdp",) if on_gpu else (),
+        read_s=found["read_s"][str(cell.tile)],
+        cores=cores / cell.ranks,
+        readers=cell.config().data.readers,
+        computing=0 if on_gpu else threads,
+        hides=("fsdp",) if on_gpu else (),
         network=Network("this machine", 1 << 30, nothing, nothing, measured=measured),
-    )  # fmt: skip
+    )
 
 
 def job_of(cell: Cell, shape: Shape, *, tile_ranks: int) -> Job:
     """A cell's step."""
     return Job(
-        shape=shape, strategy=cell.strategy, policy=cell.policy, tiles=cell.k // cell.ranks, chunk=int(cell.chunk),
+        shape=shape,
+        strategy=cell.strategy,
+        policy=cell.policy,
+        tiles=cell.k // cell.ranks,
+        chunk=int(cell.chunk),
         tile_ranks=tile_ranks,
-    )  # fmt: skip
+    )
 
 
 def median_of(rounds: list[Any]) -> Any:
@@ -153,11 +170,20 @@ def check(
             costs = costs_here(whole[cell.ranks], cell, threads=args.threads, cores=args.cores)
             terms = step_terms(job_of(cell, shape, tile_ranks=cell.ranks), costs, cell.ranks)
             predicted, measured = sum(terms.values()), statistics.median(steps[cell])
-            rows.append({
-                "kind": "check", "policy": cell.policy, "strategy": cell.strategy, "ranks": cell.ranks, "k": cell.k,
-                "predicted_s": predicted, "measured_s": measured, "ratio": predicted / measured, "terms": terms,
-                "rounds": turn,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "kind": "check",
+                    "policy": cell.policy,
+                    "strategy": cell.strategy,
+                    "ranks": cell.ranks,
+                    "k": cell.k,
+                    "predicted_s": predicted,
+                    "measured_s": measured,
+                    "ratio": predicted / measured,
+                    "terms": terms,
+                    "rounds": turn,
+                }
+            )
         ratios = ", ".join(f"{name_of(row)} {row['ratio']:.2f}" for row in rows)
         print(f"round {turn}, predicted / measured: {ratios}", flush=True)
         if not wrong(rows):
@@ -187,50 +213,94 @@ def project(kind: str, base: Job, costs: Costs, ranks: list[int], strategies: li
         job = replace(base, strategy=strategy)
         for n in ranks:
             terms = step_terms(job, costs, n)
-            rows.append({
-                "kind": kind, "strategy": strategy, "policy": job.policy, "gpus": n, "k": job.k(n),
-                "slides": n // job.sharing(n), "tiles_a_rank": job.tiles, "step_s": sum(terms.values()),
-                "terms": terms, "efficiency": efficiency(job, costs, n),
-                "bytes": sum(message.calls * message.size for message in messages(job, n)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "kind": kind,
+                    "strategy": strategy,
+                    "policy": job.policy,
+                    "gpus": n,
+                    "k": job.k(n),
+                    "slides": n // job.sharing(n),
+                    "tiles_a_rank": job.tiles,
+                    "step_s": sum(terms.values()),
+                    "terms": terms,
+                    "efficiency": efficiency(job, costs, n),
+                    "bytes": sum(message.calls * message.size for message in messages(job, n)),
+                }
+            )
     return rows
 
 
 def project_devices(args: argparse.Namespace, read_s: float) -> tuple[list[dict[str, Any]], Shape]:
     """On the named device and network; and the shape of the model."""
     cell = Cell(
-        policy=args.policy, strategy="single", ranks=1, k=args.project_tiles, encoder=args.project_encoder,
-        tile=args.project_tile, chunk=min(args.project_tiles, CHUNK_CAP["cuda"]), dtype="bfloat16", device="cpu",
+        policy=args.policy,
+        strategy="single",
+        ranks=1,
+        k=args.project_tiles,
+        encoder=args.project_encoder,
+        tile=args.project_tile,
+        chunk=min(args.project_tiles, CHUNK_CAP["cuda"]),
+        dtype="bfloat16",
+        device="cpu",
         steps=1,
-    )  # fmt: skip
+    )
     chunks, bags = sizes_to_measure(args.project_tiles, int(cell.chunk), "cpu")
     footprint = measure_footprint(partial(model_of, cell), tile_px=cell.tile, chunks=[chunks[0], chunks[-1]], bags=bags)
     job = job_of(cell, shape_for(cell), tile_ranks=args.tile_ranks or max(args.gpus))
     costs = device_costs(
-        find_device(args.device_name), find_network(args.network), footprint, job, bf16=True, read_s=read_s,
+        find_device(args.device_name),
+        find_network(args.network),
+        footprint,
+        job,
+        bf16=True,
+        read_s=read_s,
         cores=args.cores_a_gpu,
-    )  # fmt: skip
+    )
     return project("projection", job, costs, args.gpus, args.strategy), job.shape
 
 
 def tell_check(rows: list[dict[str, Any]]) -> str:
     """The table of what was predicted and measured."""
     header = ["configuration", "K", "predicted s", "measured s", "ratio"]
-    return table(header, [
-        [name_of(row), f"{row['k']:,}", f"{row['predicted_s']:.3g}", f"{row['measured_s']:.3g}", f"{row['ratio']:.2f}"]
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                name_of(row),
+                f"{row['k']:,}",
+                f"{row['predicted_s']:.3g}",
+                f"{row['measured_s']:.3g}",
+                f"{row['ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def tell_projection(rows: list[dict[str, Any]], what: str) -> str:
     """The table of a projection; terms in milliseconds."""
     header = ["strategy", what, "K", "slides", "step s", *(f"{term} ms" for term in TERMS), "efficiency"]
-    return table(header, [
-        [row["strategy"], f"{row['gpus']:,}", f"{row['k']:,}", f"{row['slides']:,}", f"{row['step_s']:.3g}",
-         *(f"{1000 * row['terms'][term]:,.3g}" if row["terms"][term] < 1 else f"{1000 * row['terms'][term]:,.0f}"
-           for term in TERMS), f"{row['efficiency']:.1%}"]
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row["strategy"],
+                f"{row['gpus']:,}",
+                f"{row['k']:,}",
+                f"{row['slides']:,}",
+                f"{row['step_s']:.3g}",
+                *(
+                    f"{1000 * row['terms'][term]:,.3g}"
+                    if row["terms"][term] < 1
+                    else f"{1000 * row['terms'][term]:,.0f}"
+                    for term in TERMS
+                ),
+                f"{row['efficiency']:.1%}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def tell_parts(parts: dict[int, dict[str, Any]], tile: int) -> str:
@@ -240,16 +310,26 @@ def tell_parts(parts: dict[int, dict[str, Any]], tile: int) -> str:
         links = [
             f"{1000 * latency:.2g} ms, {bandwidth / 1e9:.2g} GB/s" for latency, bandwidth in found["links"].values()
         ]
-        rows.append([
-            str(ranks), *(f"{1000 * found[name]:.3g}" for name in ("forward_s", "both_s", "aggregate_s")),
-            f"{1000 * found['read_s'][str(tile)]:.3g}",
-            ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in found["update_s"].items()),
-            *(links or [""] * 3),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(ranks),
+                *(f"{1000 * found[name]:.3g}" for name in ("forward_s", "both_s", "aggregate_s")),
+                f"{1000 * found['read_s'][str(tile)]:.3g}",
+                ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in found["update_s"].items()),
+                *(links or [""] * 3),
+            ]
+        )
     header = [
-        "ranks at once", "forward, ms a tile", "forward and backward", "aggregator, ms", "reading, ms a tile",
-        "update, ms", "all-reduce", "all-gather", "reduce-scatter",
-    ]  # fmt: skip
+        "ranks at once",
+        "forward, ms a tile",
+        "forward and backward",
+        "aggregator, ms",
+        "reading, ms a tile",
+        "update, ms",
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+    ]
     return table(header, rows)
 
 

@@ -1,3 +1,3 @@
 """The training engine: slides in, exact end-to-end gradients out."""
 
-from slidescale.engine import launcher  # noqa: F401  (see there why so early)
+from slidescale.engine.process import launcher  # noqa: F401  (see there why so early)

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from slidescale.engine.data.synthetic import FocusSize
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory.planner import PolicyName
-from slidescale.engine.memory.usage import parse_size
-from slidescale.engine.models.aggregator import PoolingName
-from slidescale.engine.models.transformer import SpreadName
-from slidescale.engine.objective import SupervisionName
+from slidescale.engine.units import parse_size
 from slidescale.kernels.dispatch import KernelChoice
+
+# What a setting may say, by its name.
+SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
+FocusSize = Literal["large", "small"]
+PoolingName = Literal["gated_attention", "mean", "max"]
+SpreadName = Literal["split", "gathered"]
+PolicyName = Literal["auto", "keep", "recompute", "offload"]
+OptimizerName = Literal["adamw", "sgd", "apex_adam", "apex_lamb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
         _require(self.mpp_um > 0, "data.mpp_um", self.mpp_um, "must be a positive number of µm a pixel")
-        _require(self.default_mpp_um is None or self.default_mpp_um > 0, "data.default_mpp_um", self.default_mpp_um, "must be a positive number of µm a pixel")  # fmt: skip  # noqa: E501
+        _require(
+            self.default_mpp_um is None or self.default_mpp_um > 0,
+            "data.default_mpp_um",
+            self.default_mpp_um,
+            "must be a positive number of µm a pixel",
+        )
         _require(self.tile_px >= 16, "data.tile_px", self.tile_px, "must be at least 16 pixels")
         _require(self.k == "all" or self.k >= 1, "data.k", self.k, "must be 'all' or at least 1 tile")
         _require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "must be a share above 0, at most 1")
@@ -183,8 +191,10 @@ class ModelConfig:
         )
         _require(
             0 <= self.attention_dropout < 1,
-            "model.attention_dropout", self.attention_dropout, "must be a probability from 0, below 1",
-        )  # fmt: skip
+            "model.attention_dropout",
+            self.attention_dropout,
+            "must be a probability from 0, below 1",
+        )
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be a probability from 0, below 1")
 
 
@@ -246,8 +256,10 @@ class ParallelConfig:
         """Refuse values without a meaning."""
         _require(
             self.tile_ranks == "all" or self.tile_ranks >= 1,
-            "parallel.tile_ranks", self.tile_ranks, "must be all, or at least 1 rank",
-        )  # fmt: skip
+            "parallel.tile_ranks",
+            self.tile_ranks,
+            "must be all, or at least 1 rank",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Errors that are the input's, not the program's: shown to the user as a message, without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something in the settings, the manifest, the slides or the run needs the user's attention."""
@@ -23,3 +26,9 @@ class SlideUnavailableError(SlideError):
 
 class TrainingError(UserError):
     """A run that must stop, e.g. because a loss is not finite."""
+
+
+def near(name: str, candidates: Iterable[str]) -> str:
+    """The question whether another name was meant, if one is like it."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

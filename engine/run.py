@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from slidescale.engine.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
@@ -19,23 +18,25 @@ from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
-from slidescale.engine.ds_config import complete_ds_config
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.feed import Feed
-from slidescale.engine.frozen import encode_cohort, fingerprint
-from slidescale.engine.logger import RunLog
+from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.memory.planner import Plan
-from slidescale.engine.memory.run_plan import make_offload, plan_encoding, plan_run
-from slidescale.engine.memory.usage import GIB, reset_peak
-from slidescale.engine.metrics import HEADLINES
+from slidescale.engine.memory.usage import reset_peak
 from slidescale.engine.models.make import describe_encoder, make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import Objective, fit_objective, make_objective
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
-from slidescale.engine.parallel.select import make_strategy
-from slidescale.engine.parallel.strategy import Strategy
-from slidescale.engine.place import Place, choose_allocation, choose_place, meet
-from slidescale.engine.run_folder import (
+from slidescale.engine.process.stopping import AGAIN, RESUME, note
+from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.make import make_strategy
+from slidescale.engine.strategies.schedule import make_schedule
+from slidescale.engine.strategies.strategy import Strategy
+from slidescale.engine.supervision.objective import Objective, fit_objective, make_objective
+from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_name
+from slidescale.engine.training.feed import Feed
+from slidescale.engine.training.frozen import encode_cohort, fingerprint
+from slidescale.engine.training.place import Place, choose_allocation, choose_place, meet
+from slidescale.engine.training.plan import make_offload, plan_encoding, plan_run
+from slidescale.engine.training.run_folder import (
     check_same_settings,
     check_same_subject,
     find_run_folder,
@@ -43,11 +44,11 @@ from slidescale.engine.run_folder import (
     read_record,
     record_run,
 )
-from slidescale.engine.run_slides import check_same_slides, record_slides
-from slidescale.engine.schedule import make_schedule
-from slidescale.engine.step import TrainStep
-from slidescale.engine.stopping import AGAIN, RESUME, note
-from slidescale.engine.trainer import Trainer, best_names
+from slidescale.engine.training.run_log import RunLog
+from slidescale.engine.training.run_slides import check_same_slides, record_slides
+from slidescale.engine.training.step import TrainStep
+from slidescale.engine.training.trainer import Trainer, best_names
+from slidescale.engine.units import GIB
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,12 @@ def run(config: Config) -> Path:
     if config.resume:
         objective = _resumed_objective(folder, place.mesh) or objective
     log.info(
-        "run %s on %d × %s; watch it with: tensorboard --logdir %s", folder, place.mesh.world.size, place.device.type,
+        "run %s on %d × %s; watch it with: tensorboard --logdir %s",
+        folder,
+        place.mesh.world.size,
+        place.device.type,
         config.run.out,
-    )  # fmt: skip
+    )
     cohort, reader = _open_cohort(config, place, manifest, folder)
     if frozen_encoder is not None:
         reader = _encode_cohort(config, place, make, model, frozen_encoder, cohort, reader)
@@ -163,8 +167,9 @@ def _demo_manifest(config: Config, mesh: Mesh) -> Manifest:
     folder = config.run.out / f"demo_cohort_{data.demo_slides}{'_small_foci' * (data.demo_foci == 'small')}"
     log.info(
         "no --data.manifest given: training on the DEMO COHORT, %d slides that this program draws, in %s",
-        data.demo_slides, folder,
-    )  # fmt: skip
+        data.demo_slides,
+        folder,
+    )
     if mesh.world.rank == 0:
         begin = time.perf_counter()
         classes = (data.classes[0], data.classes[1])
@@ -219,9 +224,12 @@ def _describe(cohort: Cohort) -> None:
         if rows := cohort.usable(split):
             tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)
             log.info(
-                "%-5s %d slides, %s tissue tiles a slide (median %d)", split, len(rows),
-                f"{tiles[0]} to {tiles[-1]}", tiles[len(tiles) // 2],
-            )  # fmt: skip
+                "%-5s %d slides, %s tissue tiles a slide (median %d)",
+                split,
+                len(rows),
+                f"{tiles[0]} to {tiles[-1]}",
+                tiles[len(tiles) // 2],
+            )
 
 
 def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
@@ -232,8 +240,11 @@ def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
     if single:
         log.warning(
             "%d of %d slides have one tile (%s%s), which --model.slide-norm makes zeros: they are all predicted alike",
-            len(single), len(rows), ", ".join(single[:3]), " …" if len(single) > 3 else "",
-        )  # fmt: skip
+            len(single),
+            len(rows),
+            ", ".join(single[:3]),
+            " …" if len(single) > 3 else "",
+        )
 
 
 def _encode_cohort(
@@ -252,9 +263,13 @@ def _encode_cohort(
         reader: of tiles; is closed.
     """
     store = FeatureStore(
-        config.run.out / "features", reader.spec, encoder=model.encoder.name, fingerprint=frozen_encoder,
-        precision="bf16" if place.bf16 else "fp32", dim=model.encoder.dim,
-    )  # fmt: skip
+        config.run.out / "features",
+        reader.spec,
+        encoder=model.encoder.name,
+        fingerprint=frozen_encoder,
+        precision="bf16" if place.bf16 else "fp32",
+        dim=model.encoder.dim,
+    )
     chunk = plan_encoding(config, make, mesh=place.mesh, device=place.device)
     encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
     reader.close()
@@ -283,10 +298,15 @@ def _make_strategy(
         place.strategy, model, config, schedule, place.mesh, place.device, ds_config=ds_config, bf16=place.bf16
     )
     log.info(
-        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s", "frozen " * config.model.frozen + config.model.encoder,
-        _count_parameters(model) / 1e6, config.model.pooling, "bf16 autocast" if place.bf16 else "fp32", strategy.name,
-        f", {slides_a_step} slides a step" if slides_a_step > 1 else "", place.kernels,
-    )  # fmt: skip
+        "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s",
+        "frozen " * config.model.frozen + config.model.encoder,
+        _count_parameters(model) / 1e6,
+        config.model.pooling,
+        "bf16 autocast" if place.bf16 else "fp32",
+        strategy.name,
+        f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
+        place.kernels,
+    )
     return strategy, ds_config
 
 
@@ -348,13 +368,19 @@ def _train(
     feed = Feed(config, cohort, reader, place.mesh, plan)
     slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
     run_log = RunLog(
-        folder, main=place.mesh.world.rank == 0, slides=config.run.epochs * slides, done=progress.epoch * slides,
-        step=progress.step, again=progress.unreported is not None and bool(progress.unreported.last_scalars),
-    )  # fmt: skip
+        folder,
+        main=place.mesh.world.rank == 0,
+        slides=config.run.epochs * slides,
+        done=progress.epoch * slides,
+        step=progress.step,
+        again=progress.unreported is not None and bool(progress.unreported.last_scalars),
+    )
     run_log.hyperparameters(
-        config.flat(), Config(run=RunConfig(name=config.run.name)).flat(), best_names(config.data.supervision),
+        config.flat(),
+        Config(run=RunConfig(name=config.run.name)).flat(),
+        best_names(config.data.supervision),
         HEADLINES[config.data.supervision],
-    )  # fmt: skip
+    )
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
         run_log.finished()

@@ -9,8 +9,8 @@ encoder begins with ImageNet weights unless you say otherwise (--model.no-pretra
 manifest it trains a small network from random weights, on a demo cohort that it draws, whose foci are rarer tiles too.
 """
 
+from slidescale.engine.commands.recipe import main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.main import main
 
 CLASSES = ("normal", "tumor")
 

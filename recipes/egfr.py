@@ -16,8 +16,8 @@ without replacement, so that a slide with fewer gives each once; no Gaussian blu
 initial weights of the aggregator; validation after each epoch; gradients clipped at a norm of 1.
 """
 
+from slidescale.engine.commands.recipe import main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.main import main
 
 STUDY = Config(
     run=RunConfig(name="egfr"),

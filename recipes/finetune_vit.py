@@ -11,8 +11,8 @@ gigapath, which the hub hands out after you have accepted their licence; with a 
 it draws.
 """
 
+from slidescale.engine.commands.recipe import main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.main import main
 
 STUDY = Config(
     run=RunConfig(name="finetune-vit"),

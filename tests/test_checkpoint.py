@@ -19,19 +19,19 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from slidescale.engine.checkpoint import Checkpoints, Progress, has_checkpoint, is_reported
-from slidescale.engine.checksums import CHECKSUMS, write_checksums
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.history import EpochTotals
-from slidescale.engine.parallel.fsdp import FsdpStrategy
 from slidescale.engine.parallel.rank_group import RankGroup
-from slidescale.engine.parallel.strategy import SingleStrategy, Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.weights import WEIGHTS, read_metadata, read_weights
+from slidescale.engine.strategies.fsdp import FsdpStrategy
+from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
+from slidescale.engine.training.checkpoint import Checkpoints, Progress, has_checkpoint, is_reported
+from slidescale.engine.training.checksums import CHECKSUMS, write_checksums
+from slidescale.engine.training.history import EpochTotals
+from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 
-import equivalence
-from equivalence import Case, mesh_for, whole
-from worlds import World
+from support import equivalence
+from support.equivalence import Case, mesh_for, whole
+from support.worlds import World
 
 CPU = torch.device("cpu")
 STRATEGIES = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero3+offload"]

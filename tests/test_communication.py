@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from slidescale.engine import step
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.training import step
 
-from equivalence import BAG_SIZES, Case, make_model, make_strategy, mesh_for, train
-from worlds import World
+from support.equivalence import BAG_SIZES, Case, make_model, make_strategy, mesh_for, train
+from support.worlds import World
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS = len(BAG_SIZES)

@@ -18,10 +18,11 @@ from slidescale.engine.config import (
     ParallelConfig,
     RunConfig,
 )
-from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory.usage import parse_size
-from slidescale.engine.parallel.select import select_strategy
+from slidescale.engine.strategies.ds_config import complete_ds_config, read_ds_config
+from slidescale.engine.strategies.make import select_strategy
+from slidescale.engine.strategies.schedule import Schedule
+from slidescale.engine.units import parse_size
 
 CONFIG = Config(run=RunConfig(name="test"), optim=OptimConfig(lr=3e-4, clip=0.5, weight_decay=0.04, min_lr_ratio=0.1))
 SCHEDULE = Schedule(warmup_steps=10, total_steps=100)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from slidescale.engine.config import Config, OptimConfig, RunConfig
-from slidescale.engine.ds_config import Schedule, complete_ds_config, read_ds_config
-from slidescale.engine.ds_keys import NOT_HERE, USED
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.strategies.ds_config import complete_ds_config, read_ds_config
+from slidescale.engine.strategies.ds_keys import NOT_HERE, USED
+from slidescale.engine.strategies.schedule import Schedule
 
-from worlds import World
+from support.worlds import World
 
 CONFIG = Config(run=RunConfig(name="test"), optim=OptimConfig(lr=3e-4, clip=0.5))
 SCHEDULE = Schedule(warmup_steps=10, total_steps=100)
@@ -38,7 +39,11 @@ def hugging_face(stage: int) -> dict[str, Any]:
     offload = {"device": "cpu", "pin_memory": True}
     return {
         "fp16": {
-            "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+            "enabled": "auto",
+            "loss_scale": 0,
+            "loss_scale_window": 1000,
+            "initial_scale_power": 16,
+            "hysteresis": 2,
             "min_loss_scale": 1,
         },
         "bf16": {"enabled": "auto"},
@@ -48,14 +53,29 @@ def hugging_face(stage: int) -> dict[str, Any]:
         },
         "scheduler": {
             "type": "WarmupDecayLR",
-            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto",
-                       "total_num_steps": "auto"},
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+            },
         },
         "zero_optimization": {
-            "stage": stage, "offload_optimizer": offload, "overlap_comm": True, "contiguous_gradients": True,
-            **({"offload_param": offload, "sub_group_size": 1e9, "stage3_max_live_parameters": 1e9,
-                "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
-               if stage == 3 else {"allgather_partitions": True, "allgather_bucket_size": 2e8}),
+            "stage": stage,
+            "offload_optimizer": offload,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            **(
+                {
+                    "offload_param": offload,
+                    "sub_group_size": 1e9,
+                    "stage3_max_live_parameters": 1e9,
+                    "stage3_max_reuse_distance": 1e9,
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                }
+                if stage == 3
+                else {"allgather_partitions": True, "allgather_bucket_size": 2e8}
+            ),
             **(sizes if stage == 3 else {"reduce_bucket_size": "auto"}),
         },
         "gradient_accumulation_steps": "auto",
@@ -64,7 +84,7 @@ def hugging_face(stage: int) -> dict[str, Any]:
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "wall_clock_breakdown": False,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -116,7 +136,7 @@ def test_unknown_keys_are_refused_at_every_depth(content: dict[str, Any], messag
 
 def test_every_key_that_deepspeed_reads_is_known() -> None:
     """A newer DeepSpeed may read others."""
-    from slidescale.engine.parallel.zero import deepspeed
+    from slidescale.engine.strategies.zero import deepspeed
 
     read: set[str] = set()
 
@@ -224,9 +244,9 @@ def test_encodings(tmp_path: Path) -> None:
 
 def train_with(_: TileGroup, contents: list[dict[str, Any]]) -> list[list[float]]:
     """Losses of an epoch under each ds.json."""
-    from slidescale.engine.parallel import select
+    from slidescale.engine.strategies import make as select
 
-    import equivalence
+    from support import equivalence
 
     case = equivalence.Case(strategy="zero")
     found = []
@@ -270,7 +290,7 @@ def test_operators_are_announced_before_they_are_compiled(
     """Once: not when they are in the folder already."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    from slidescale.engine.parallel.zero import _announcing_operators
+    from slidescale.engine.strategies.zero import _announcing_operators
 
     built: list[str] = []
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

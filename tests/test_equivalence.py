@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import equivalence
-from equivalence import (
+from support import equivalence
+from support.equivalence import (
     BAG_SIZES,
     READ_BUT_NOT_CALLED,
     Case,
@@ -25,7 +25,7 @@ from equivalence import (
     predictions,
     refused_step,
 )
-from worlds import World
+from support.worlds import World
 
 GetWorld = Callable[..., World]
 
@@ -34,8 +34,17 @@ GetWorld = Callable[..., World]
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
 
 STRATEGIES = [
-    "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero2+offload", "zero3+offload", "fsdp", "fsdp+offload",
-]  # fmt: skip
+    "single",
+    "ddp",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero2+offload",
+    "zero3+offload",
+    "fsdp",
+    "fsdp+offload",
+]
 AGGREGATORS = ["mean", "gated_attention", "gathered+mean", "split+mean"]
 OPTIMIZERS = ["sgd", "adamw"]
 WORLDS = [(name, ranks) for name in STRATEGIES for ranks in ([1] if name == "single" else [1, 2, 3])]
@@ -216,13 +225,17 @@ def test_several_slides_a_step(world: GetWorld, ranks: int, tile_ranks: int, acc
         world(ranks),
         [
             Case(
-                strategy=strategy, dtype=dtype, tile_ranks=tile_ranks, accumulate=accumulate, policy=policy,
+                strategy=strategy,
+                dtype=dtype,
+                tile_ranks=tile_ranks,
+                accumulate=accumulate,
+                policy=policy,
                 aggregator=aggregator,
             )
             for strategy, dtype in strategies
             for policy, aggregator in (("recompute", "split+mean"), ("auto-1", "gated_attention"))
         ],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("ranks", "tile_ranks", "accumulate"), [(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 2, 1)])

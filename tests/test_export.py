@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from slidescale.engine.commands.export import ExportRequest, export_encoder
+from slidescale.engine.commands.trained import load_run
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.export import ExportRequest, export_encoder
 from slidescale.engine.models.foundation import FOUNDATION_MODELS
-from slidescale.engine.trained import load_run
 
-from runs import write_run
+from support.runs import write_run
 
 # Largest difference over the largest feature. Without adapters the same operators run on the same values; a merged
 # adapter rounds a sum of weights where an unmerged one rounds a sum of outputs.
@@ -118,9 +118,10 @@ def test_nothing_is_written_over_what_is_no_export(tmp_path: Path) -> None:
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     (tmp_path / "other.json").write_text("{}")
     places = {
-        folder / "model.safetensors": "is an input", tmp_path / "mine.safetensors": "no earlier export",
+        folder / "model.safetensors": "is an input",
+        tmp_path / "mine.safetensors": "no earlier export",
         tmp_path / "other.safetensors": "is no such result",
-    }  # fmt: skip
+    }
     before = {path: path.read_bytes() for path in places if path.exists()}
     for out, reason in places.items():
         with pytest.raises(UserError, match=f"cannot write {out}: .*{reason}"):

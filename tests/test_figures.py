@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from slidescale.engine.figures import (
+from slidescale.engine.config import SupervisionName
+from slidescale.engine.evaluation.figures import (
     calibration,
     confusion,
     draw,
@@ -15,8 +16,7 @@ from slidescale.engine.figures import (
     precision_recall_curves,
     roc_curves,
 )
-from slidescale.engine.metrics import measure
-from slidescale.engine.objective import SupervisionName
+from slidescale.engine.evaluation.metrics import measure
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,15 @@ def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, 
             list("abc"),
         )
     values = labels + outputs[:, :1]
-    return (values, outputs[:, :1], ["value"]) if kind == "regression" else (
-        np.c_[values, np.arange(slides) % 3 > 0], outputs[:, :1], ["risk"],
-    )  # fmt: skip
+    return (
+        (values, outputs[:, :1], ["value"])
+        if kind == "regression"
+        else (
+            np.c_[values, np.arange(slides) % 3 > 0],
+            outputs[:, :1],
+            ["risk"],
+        )
+    )
 
 
 PICTURES: dict[SupervisionName, set[str]] = {

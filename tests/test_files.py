@@ -20,10 +20,31 @@ from slidescale.engine.files import (
 )
 
 IDS = [
-    "S-001", "TCGA-05-4244-01Z-00-DX1", "H21/1234", "H21_1234", "../../../escaped", "/tmp/abs", ".", "..", "",
-    ".hidden", "-rf", "a" * 300, "a" * 299 + "b", "病" * 100, "Präparat 7", "EGFR+/L858R", "tab\there", "nul\0", "a.",
-    "a ", "con:1", "x-0123456789abcdef", "=1+1", "\udcff",
-]  # fmt: skip
+    "S-001",
+    "TCGA-05-4244-01Z-00-DX1",
+    "H21/1234",
+    "H21_1234",
+    "../../../escaped",
+    "/tmp/abs",
+    ".",
+    "..",
+    "",
+    ".hidden",
+    "-rf",
+    "a" * 300,
+    "a" * 299 + "b",
+    "病" * 100,
+    "Präparat 7",
+    "EGFR+/L858R",
+    "tab\there",
+    "nul\0",
+    "a.",
+    "a ",
+    "con:1",
+    "x-0123456789abcdef",
+    "=1+1",
+    "\udcff",
+]
 
 
 def test_file_names_are_of_one_folder_bounded_and_all_different(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from slidescale.engine import cli
+from slidescale.engine.commands import cli
 from slidescale.engine.config import OptimConfig
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.foundation import FOUNDATION_MODELS, find_foundation_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.optim import parameter_groups
+from slidescale.engine.strategies.optim import parameter_groups
 
 from conftest import NARROW
 
@@ -41,45 +41,77 @@ OPTIMUS_MEAN, OPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117,
 Card = tuple[str, dict[str, Any], tuple[float, ...], tuple[float, ...], int | None]
 CARDS: dict[str, Card] = {
     "uni": (
-        "vit_large_patch16_224", {"patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
-        IMAGENET_MEAN, IMAGENET_STD, None,
+        "vit_large_patch16_224",
+        {"patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None,
     ),
     "uni2": (
         "vit_giant_patch14_224",
         {
-            "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
-            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU,
-            "reg_tokens": 8, "dynamic_img_size": True,
+            "patch_size": 14,
+            "depth": 24,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2,
+            "no_embed_class": True,
+            "mlp_layer": SwiGLUPacked,
+            "act_layer": nn.SiLU,
+            "reg_tokens": 8,
+            "dynamic_img_size": True,
         },
-        IMAGENET_MEAN, IMAGENET_STD, None,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None,
     ),
     "virchow": (
         "vit_huge_patch14_224",
         {
-            "init_values": 1e-5, "mlp_ratio": 5.3375, "global_pool": "", "dynamic_img_size": True,
-            "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.3375,
+            "global_pool": "",
+            "dynamic_img_size": True,
+            "mlp_layer": SwiGLUPacked,
+            "act_layer": nn.SiLU,
         },
-        IMAGENET_MEAN, IMAGENET_STD, 1,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        1,
     ),
     "virchow2": (
         "vit_huge_patch14_224",
         {
-            "init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": "", "dynamic_img_size": True,
-            "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU,
+            "init_values": 1e-5,
+            "reg_tokens": 4,
+            "mlp_ratio": 5.3375,
+            "global_pool": "",
+            "dynamic_img_size": True,
+            "mlp_layer": SwiGLUPacked,
+            "act_layer": nn.SiLU,
         },
-        IMAGENET_MEAN, IMAGENET_STD, 5,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        5,
     ),
     "h_optimus_0": ("vit_giant_patch14_reg4_dinov2", {"init_values": 1e-5}, OPTIMUS_MEAN, OPTIMUS_STD, None),
     "h_optimus_1": ("vit_giant_patch14_reg4_dinov2", {"init_values": 1e-5}, OPTIMUS_MEAN, OPTIMUS_STD, None),
     "gigapath": (
         "vit_giant_patch14_dinov2",
         {
-            "patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "init_values": 1e-5,
+            "patch_size": 16,
+            "embed_dim": 1536,
+            "depth": 40,
+            "num_heads": 24,
+            "init_values": 1e-5,
             "mlp_ratio": 5.33334,
         },
-        IMAGENET_MEAN, IMAGENET_STD, None,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOUNDATION_MODELS)

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from slidescale.engine import frozen, logger, main
+from slidescale.engine import logger
 from slidescale.engine import run as run_module
+from slidescale.engine.commands import recipe as main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
@@ -31,21 +32,22 @@ from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
-from slidescale.engine.frozen import encode_cohort, encode_slide, fingerprint
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import Job, choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.optim import make_optimizer, parameter_groups
 from slidescale.engine.parallel.shared_count import SharedCount
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.schedule import GroupSchedule, make_schedule
+from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
+from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training import frozen
+from slidescale.engine.training.frozen import encode_cohort, encode_slide, fingerprint
 
 from conftest import damage, read_csv
+from support.worlds import PATIENCE_S, World, free_port
 from test_recipes import load
-from worlds import PATIENCE_S, World, free_port
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
@@ -423,8 +425,10 @@ def test_the_plan_counts_features_and_no_encoder() -> None:
     config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
     footprint = measure(
         lambda: make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
-        tile_px=224, chunks=[1, 1024], bags=[1, 1000],
-    )  # fmt: skip
+        tile_px=224,
+        chunks=[1, 1024],
+        bags=[1, 1000],
+    )
     assert footprint.tile_bytes == 4 * footprint.dim
     curves = (footprint.forward, footprint.graph, footprint.backward, footprint.building, footprint.storage)
     assert not any(curve(1000) for curve in curves)

@@ -57,9 +57,13 @@ def make_problem(k: int, dim: int, width: int, branches: int) -> Problem:
         return (torch.randn(shape, generator=generator) * scale).half().double()
 
     gate = Gate(
-        draw(width, dim, scale=dim**-0.5), draw(width, scale=0.1), draw(width, dim, scale=dim**-0.5),
-        draw(width, scale=0.1), draw(branches, width, scale=3 * width**-0.5), draw(branches),
-    )  # fmt: skip
+        draw(width, dim, scale=dim**-0.5),
+        draw(width, scale=0.1),
+        draw(width, dim, scale=dim**-0.5),
+        draw(width, scale=0.1),
+        draw(branches, width, scale=3 * width**-0.5),
+        draw(branches),
+    )
     # Features as ReLU leaves them, and upstream gradients of one sign: a score's gradient is a sum over D, and would
     # else vanish for some tile by chance, where any rounding is large. The scores have other uses too, as a loss on the
     # attention's entropy would be one.
@@ -289,7 +293,7 @@ def test_dropout_belongs_to_tiles(way: Way) -> None:
 @triton_on_cpu
 @pytest.mark.parametrize(("seed", "first"), [(0, 0), (2**63 - 1, 2**40), (12345, 7)])
 def test_triton_draws_the_same_numbers(seed: int, first: int) -> None:
-    from draw_kernel import draw
+    from support.draw_kernel import draw
 
     out = torch.empty(16, 64)
     draw[(1,)](out, seed, first, TILES=16, SIZE=64)

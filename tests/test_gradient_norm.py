@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from slidescale.engine.parallel.strategy import check_gradient_norm, clip_gradients, gradient_norms
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.strategies.strategy import check_gradient_norm, clip_gradients, gradient_norms
 
-import equivalence
-from equivalence import Case, mesh_for, whole
-from worlds import World
+from support import equivalence
+from support.equivalence import Case, mesh_for, whole
+from support.worlds import World
 
 CLIP = 0.003
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import psutil
 import pytest
 
-from worlds import PATIENCE_S
+from support.worlds import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ if what == "wait":
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import harness
+    from cells import harness
 
     return harness
 
@@ -87,8 +87,8 @@ def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
     """By SIGTERM, as a scheduler does, or SIGHUP, as a closed terminal does."""
     (tmp_path / "rank.py").write_text(SCRIPT)
     sweep = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness; from pathlib import Path; "
-        f"harness.run_world([{str(tmp_path / 'rank.py')!r}, 'wait'], ranks=1, device='cpu', "
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from cells import harness; "
+        f"from pathlib import Path; harness.run_world([{str(tmp_path / 'rank.py')!r}, 'wait'], ranks=1, device='cpu', "
         f"limits=harness.Limits({PATIENCE_S}, 2**40), log=Path({str(tmp_path / 'log')!r}))"
     )
     waiting = tmp_path / "rank.py.waiting"

@@ -15,18 +15,23 @@ import tifffile
 import torch
 from PIL import Image
 
-from slidescale.engine.attention_map import PX_A_TILE, attention_geojson, write_attention
-from slidescale.engine.attention_picture import attention_colours, attention_opacity, attention_overlay, with_legend
+from slidescale.engine.commands.heatmap import HeatmapRequest, draw_heatmap
+from slidescale.engine.commands.predict import ComputeSettings, Predictor, SlidePrediction
+from slidescale.engine.commands.trained import load_run
 from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
-from slidescale.engine.heatmap import HeatmapRequest, draw_heatmap
+from slidescale.engine.evaluation.attention import PX_A_TILE, attention_geojson, write_attention
+from slidescale.engine.evaluation.attention_picture import (
+    attention_colours,
+    attention_opacity,
+    attention_overlay,
+    with_legend,
+)
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.predict import ComputeSettings, Predictor, SlidePrediction
-from slidescale.engine.trained import load_run
 
-from runs import write_run
+from support.runs import write_run
 
 # 224 px at 0.523 µm/px of a slide of 0.499: a tile's side is not a whole number of its pixels.
 SPEC = TileSpec(tile_px=56, mpp_um=0.523, min_tissue=0.5, default_mpp_um=None)
@@ -196,17 +201,30 @@ def write_leica(path: Path, image: np.ndarray, offset: tuple[int, int], mpp_um: 
     nm = 1000 * mpp_um
     macro = np.full((128, 128, 3), 255, np.uint8)
     about = LEICA.format(
-        slide_nm_x=round(4 * width * nm), slide_nm_y=round(4 * height * nm), macro_x=128, macro_y=128, x=width,
-        y=height, nm_x=round(width * nm), nm_y=round(height * nm), offset_nm_x=round(offset[0] * nm),
+        slide_nm_x=round(4 * width * nm),
+        slide_nm_y=round(4 * height * nm),
+        macro_x=128,
+        macro_y=128,
+        x=width,
+        y=height,
+        nm_x=round(width * nm),
+        nm_y=round(height * nm),
+        offset_nm_x=round(offset[0] * nm),
         offset_nm_y=round(offset[1] * nm),
-    )  # fmt: skip
+    )
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for picture in (macro, image):
             file.write(
-                picture, tile=(256, 256), photometric="rgb", compression="jpeg", metadata=None,
-                description=about if picture is macro else None, resolution=(1e4 / mpp_um,) * 2,
-                resolutionunit="CENTIMETER", software=False,
-            )  # fmt: skip
+                picture,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="jpeg",
+                metadata=None,
+                description=about if picture is macro else None,
+                resolution=(1e4 / mpp_um,) * 2,
+                resolutionunit="CENTIMETER",
+                software=False,
+            )
     return path
 
 

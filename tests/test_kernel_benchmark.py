@@ -38,8 +38,13 @@ def test_all_forms_fit_and_nothing_spills(tmp_path: Path) -> None:
     assert len(compiled) == len(ARCHITECTURES) * len(labels)
     assert {each["architecture"] for each in compiled} == ARCHITECTURES
     assert {label.split()[0] for label in labels} == {
-        "pool_block", "score_gradient", "gate_gradient", "features_gradient", "weights_gradient", "prepare_patch",
-    }  # fmt: skip
+        "pool_block",
+        "score_gradient",
+        "gate_gradient",
+        "features_gradient",
+        "weights_gradient",
+        "prepare_patch",
+    }
     for each in compiled:
         assert each["spilled"] == 0, each
         assert 0 < each["registers"] <= (512 if each["architecture"].startswith("gfx") else 255), each
@@ -51,7 +56,7 @@ def test_all_forms_fit_and_nothing_spills(tmp_path: Path) -> None:
 
 def test_launches_are_of_these_forms() -> None:
     """As Triton's own launcher works them out; and no form is compiled that is never launched."""
-    done = run("tests/launch_forms.py")
+    done = run("tests/support/launch_forms.py")
     assert done.returncode == 0, done.stderr
     forms = json.loads(done.stdout)
     assert forms["unknown"] == []

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from conftest import damage, edit_manifest, read_csv
-from worlds import free_port
+from support.worlds import free_port
 
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))

@@ -11,12 +11,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from slidescale.engine import logger, main
+from slidescale.engine import logger
+from slidescale.engine.commands import recipe as main
+from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.logger import CORE_SETTINGS, MOST_SETTINGS, Meter, RunLog
-from slidescale.engine.metrics import HEADLINES
-from slidescale.engine.predict import PredictRequest, predict_slides
-from slidescale.engine.stopwatch import PHASES
+from slidescale.engine.evaluation.metrics import HEADLINES
+from slidescale.engine.logger import Meter
+from slidescale.engine.training.run_log import CORE_SETTINGS, MOST_SETTINGS, RunLog
+from slidescale.engine.training.stopwatch import PHASES
 
 from test_training import make_config
 
@@ -104,11 +106,20 @@ def test_hparams_of_a_run_with_all_settings(tmp_path: Path) -> None:
 
 # The scalars of a run's last epochs, as the trainer writes them.
 SCALARS = {
-    "epoch/val_loss", "epoch/train_loss", "train/loss", "train/learning_rate", "train/learning_rate_encoder",
-    "train/weight_decay", "train/gradient_norm", "train/gradient_norm_aggregator", "train/gradient_norm_encoder",
-    "train/attention_entropy", "speed/tiles_per_s", "speed/data_wait_share",
+    "epoch/val_loss",
+    "epoch/train_loss",
+    "train/loss",
+    "train/learning_rate",
+    "train/learning_rate_encoder",
+    "train/weight_decay",
+    "train/gradient_norm",
+    "train/gradient_norm_aggregator",
+    "train/gradient_norm_encoder",
+    "train/attention_entropy",
+    "speed/tiles_per_s",
+    "speed/data_wait_share",
     *(f"seconds/{phase.replace(' ', '_')}" for phase in PHASES),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("headline", sorted(set(HEADLINES.values())))

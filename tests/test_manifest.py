@@ -157,7 +157,7 @@ def test_rows_have_the_numbers_of_the_file_s_lines(tmp_path: Path) -> None:
         (HEADER.encode("utf-16-le"), "NUL bytes"),
         (b"", "is empty"),
     ],
-)  # fmt: skip
+)
 def test_tables_that_are_refused(tmp_path: Path, content: bytes | str, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         read(tmp_path, content)
@@ -181,9 +181,10 @@ def test_a_longer_name_of_a_split_is_guessed(tmp_path: Path, split: str) -> None
 def test_a_missing_label_is_no_class_and_a_missing_patient_none(tmp_path: Path, cell: str) -> None:
     lines = told(tmp_path, GOOD + f"e,{cell},e.svs,{cell},train\nf,{cell},f.svs,mut,val\n")
     assert lines[1:] == [
-        f"row 5: case_id is missing: {cell!r}", f"row 5: label is missing: {cell!r}",
+        f"row 5: case_id is missing: {cell!r}",
+        f"row 5: label is missing: {cell!r}",
         f"row 6: case_id is missing: {cell!r}",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_class_may_be_called_none(tmp_path: Path) -> None:
@@ -275,10 +276,16 @@ def dicom(series: str, instance: int, undefined: bool) -> bytes:
     if undefined:
         item += struct.pack("<HHI", 0xFFFE, 0xE00D, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
     return (
-        bytes(128) + b"DICM" + element(2, 1, "OB", b"\0\1") + element(8, 0x18, "UI", b"1.2.%d\0" % instance)
-        + element(8, 0x1115, "SQ", item, undefined) + element(0x20, 0xD, "UI", b"1.2.3\0")
-        + element(0x20, 0xE, "UI", series.encode()) + element(0x20, 0x11, "IS", b"1 ") + bytes(100 + instance)
-    )  # fmt: skip
+        bytes(128)
+        + b"DICM"
+        + element(2, 1, "OB", b"\0\1")
+        + element(8, 0x18, "UI", b"1.2.%d\0" % instance)
+        + element(8, 0x1115, "SQ", item, undefined)
+        + element(0x20, 0xD, "UI", b"1.2.3\0")
+        + element(0x20, 0xE, "UI", series.encode())
+        + element(0x20, 0x11, "IS", b"1 ")
+        + bytes(100 + instance)
+    )
 
 
 @pytest.mark.parametrize("undefined", [False, True])

@@ -13,9 +13,9 @@ from scipy import stats
 from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
-from slidescale.engine.intervals import Estimate, Report, by_patient, describe, report
-from slidescale.engine.metrics import confidence_bin, measure
-from slidescale.engine.objective import SupervisionName
+from slidescale.engine.config import SupervisionName
+from slidescale.engine.evaluation.intervals import Estimate, Report, by_patient, describe, report
+from slidescale.engine.evaluation.metrics import confidence_bin, measure
 
 # Sums of some hundred doubles in another order.
 CLOSE = pytest.approx

@@ -166,9 +166,14 @@ def test_each_storage_leaves_once_and_parameters_never(encoder: str, store: Offl
 def test_views_return_as_they_were(store: Offload) -> None:
     base = torch.randn(4, 3, 8, 8, device=device_of(store), dtype=torch.float64).to(memory_format=torch.channels_last)
     views = [
-        base, base.permute(1, 0, 3, 2), base[1:, :, ::2], base[:, 0, 3:4], base.view(torch.int64), base.transpose(0, 1),
+        base,
+        base.permute(1, 0, 3, 2),
+        base[1:, :, ::2],
+        base[:, 0, 3:4],
+        base.view(torch.int64),
+        base.transpose(0, 1),
         base[:, 1:2].expand(4, 5, 8, 8),
-    ]  # fmt: skip
+    ]
     packed = [store._pack(view) for view in views]
     assert store.bytes_out == base.untyped_storage().nbytes(), "one copy for all"
     for view, found in zip(views, map(store._unpack, packed), strict=True):

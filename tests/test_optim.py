@@ -16,7 +16,7 @@ from slidescale.engine.config import OptimConfig
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.optim import make_optimizer, parameter_groups
+from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 
 
 def make_model(encoder: str = "test_vit", **settings: Any) -> SlideModel:
@@ -291,7 +291,7 @@ def test_apex_on_a_cpu_is_refused(site: Path) -> None:
 
 def test_apex_on_split_parameters_is_refused(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, NVIDIA | {"amp_C.py": ""})
-    monkeypatch.setattr("slidescale.engine.optim.DTensor", nn.Parameter)  # as if fsdp had made them
+    monkeypatch.setattr("slidescale.engine.strategies.optim.DTensor", nn.Parameter)  # as if fsdp had made them
     with pytest.raises(ConfigError, match="apex cannot step parameters that fsdp has split; take adamw"):
         make_apex("apex_adam")
 

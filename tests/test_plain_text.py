@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from slidescale.engine import cli
-from slidescale.engine.plain_text import accept_any_encoding
+from slidescale.engine.commands import cli
+from slidescale.engine.process.plain_text import accept_any_encoding
 
 PLAN = ["plan", "--encoder", "test_vit", "--tile-px", "160", "--k", "64", "--device", "cpu", "--memory", "8GiB"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slidescale.engine import cli
+from slidescale.engine.commands import cli
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory import planner
 from slidescale.engine.memory.devices import find_device
@@ -21,18 +21,20 @@ from slidescale.engine.memory.planner import (
     Plan,
     choose,
     largest_k,
-    model_state,
     sizes_to_measure,
     step_flops,
     step_seconds,
 )
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
-from slidescale.engine.memory.usage import parse_size
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.strategies.held import (
+    model_state,
+)
+from slidescale.engine.units import parse_size
 
 GIB = 1024**3
 MIB = 1024**2
@@ -193,8 +195,10 @@ def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: in
     update = model_state(measured_footprint, strategy="single", ranks=1).update
     need = Job(footprint=measured_footprint, prefetch=0, update=update).need(k, chunk, stored)
     step = measured["peak"] - measured["base"]
-    print(f"{name} K={k}: step predicted / measured {need.total / step:.3f}, "
-          f"peak {(measured['base'] + need.total) / measured['peak']:.3f}, step {step / GIB:.2f} GiB")  # fmt: skip
+    print(
+        f"{name} K={k}: step predicted / measured {need.total / step:.3f}, "
+        f"peak {(measured['base'] + need.total) / measured['peak']:.3f}, step {step / GIB:.2f} GiB"
+    )
     assert step > measured["base"], "the step dominates, or the comparison proves nothing"
     assert measured["base"] + need.total == pytest.approx(measured["peak"], rel=0.10)
 
@@ -209,11 +213,26 @@ def sketch(flavour: str = "cuda") -> Footprint:
         return Curve((1, 128), ((fixed + tile) * MIB, (fixed + 128 * tile) * MIB))
 
     return Footprint(
-        flavour=flavour, tile_px=224, dim=512, parameters=10 * MIB, trained=10 * MIB, block=MIB, outside=MIB,
-        largest=MIB, forward=line(2, 2), building=line(1, 11), graph=line(1, 10), backward=line(2, 12),
-        storage=line(0, 1), aggregator=Curve((1, 1000), (MIB, 20 * MIB)), foreign=0, flops=1e9, backward_flops=2e9,
-        aggregator_flops=Curve((1, 1000), (10**6, 10**9)), traffic=1e8,
-    )  # fmt: skip
+        flavour=flavour,
+        tile_px=224,
+        dim=512,
+        parameters=10 * MIB,
+        trained=10 * MIB,
+        block=MIB,
+        outside=MIB,
+        largest=MIB,
+        forward=line(2, 2),
+        building=line(1, 11),
+        graph=line(1, 10),
+        backward=line(2, 12),
+        storage=line(0, 1),
+        aggregator=Curve((1, 1000), (MIB, 20 * MIB)),
+        foreign=0,
+        flops=1e9,
+        backward_flops=2e9,
+        aggregator_flops=Curve((1, 1000), (10**6, 10**9)),
+        traffic=1e8,
+    )
 
 
 def plan(budget: int, *, k: int = 1000, ranks: int = 1, **settings: object) -> Plan:

@@ -17,20 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slidescale.engine import main
-from slidescale.engine import predict as predict_module
-from slidescale.engine.checkpoint import Checkpoints, Progress
-from slidescale.engine.config import ModelConfig
-from slidescale.engine.data.manifest import NamedFile, read_files
-from slidescale.engine.errors import ConfigError, ManifestError, UserError
-from slidescale.engine.files import write_csv
-from slidescale.engine.models.make import make_model
-from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.rank_group import RankGroup
-from slidescale.engine.parallel.strategy import SingleStrategy
-from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.predict import (
+from slidescale.engine.commands import predict as predict_module
+from slidescale.engine.commands import recipe as main
+from slidescale.engine.commands.predict import (
     ComputeSettings,
     Failure,
     Predictor,
@@ -40,16 +29,27 @@ from slidescale.engine.predict import (
     predict_slides,
     predict_with,
 )
-from slidescale.engine.trained import load_run
-from slidescale.engine.weights import WEIGHTS, write_weights
+from slidescale.engine.commands.trained import load_run
+from slidescale.engine.config import ModelConfig
+from slidescale.engine.data.manifest import NamedFile, read_files
+from slidescale.engine.errors import ConfigError, ManifestError, UserError
+from slidescale.engine.files import write_csv
+from slidescale.engine.models.make import make_model
+from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.strategies.strategy import SingleStrategy
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training.checkpoint import Checkpoints, Progress
+from slidescale.engine.training.weights import WEIGHTS, write_weights
 
-import equivalence
 import test_frozen
 from conftest import damage, edit_manifest, read_csv
-from equivalence import Case, dropped_merge_term, mesh_for
-from runs import write_run
+from support import equivalence
+from support.equivalence import Case, dropped_merge_term, mesh_for
+from support.runs import write_run
+from support.worlds import World, free_port
 from test_training import make_config
-from worlds import World, free_port
 
 GetWorld = Callable[..., World]
 CPU = torch.device("cpu")
@@ -227,12 +227,14 @@ def test_a_setting_that_was_not_there_has_its_default(tmp_path: Path) -> None:
             "does not fit the model of",
         ),
         (
-            lambda folder: ((folder / "checkpoints/epoch-0004").mkdir(parents=True),
-                            (folder / "checkpoints/best").symlink_to("epoch-0004")),
+            lambda folder: (
+                (folder / "checkpoints/epoch-0004").mkdir(parents=True),
+                (folder / "checkpoints/best").symlink_to("epoch-0004"),
+            ),
             "is of epoch 3, and .* is epoch-0004: the run was killed",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_finished_run(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
     write_run(tmp_path / "run-a")
     folder = write_run(tmp_path / "run-b")
@@ -380,9 +382,13 @@ def test_torchrun(sharp_run: Path, with_bad_slides: Path, tmp_path: Path) -> Non
         str(tmp_path / "h"),
     ]
     done = subprocess.run(
-        [*launcher, "-m", "slidescale.engine.cli", *words], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=1500, cwd=tmp_path,
-    )  # fmt: skip
+        [*launcher, "-m", "slidescale.engine.commands.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        cwd=tmp_path,
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: 3 of 4 slides failed") == 1, done.stderr
     (row,) = read_csv(out)
@@ -480,11 +486,17 @@ def test_nothing_is_written_over_what_is_not_a_table_of_predictions(
     monkeypatch.setattr(Predictor, "predict", no_slide)
     slide = cohort_copy.parent / read_csv(cohort_copy)[0]["path"]
     places = {
-        cohort_copy: "is an input", slide: "is an input", tmp_path / "hard.csv": "is an input",
-        sharp_run / "config.json": "is an input", sharp_run / "model.safetensors": "is an input",
-        tmp_path / "mine.csv": "is no such result", tmp_path / "own.csv": "is no such result",
-        tmp_path / "link.csv": "symbolic link", tmp_path / "pipe": "device", Path("/dev/null"): "device",
-    }  # fmt: skip
+        cohort_copy: "is an input",
+        slide: "is an input",
+        tmp_path / "hard.csv": "is an input",
+        sharp_run / "config.json": "is an input",
+        sharp_run / "model.safetensors": "is an input",
+        tmp_path / "mine.csv": "is no such result",
+        tmp_path / "own.csv": "is no such result",
+        tmp_path / "link.csv": "symbolic link",
+        tmp_path / "pipe": "device",
+        Path("/dev/null"): "device",
+    }
     before = {path: path.read_bytes() for path in places if path.is_file()}
     for out, reason in places.items():
         with pytest.raises(UserError, match=f"cannot write {out}: .*{reason}"):
@@ -546,9 +558,13 @@ def test_metrics_of_labelled_slides(
     ],
 )
 def test_slides_without_labels_have_no_metrics(
-    sharp_run: Path, cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    change: Callable[[dict[str, str], int], dict[str, str]], told: str,
-) -> None:  # fmt: skip
+    sharp_run: Path,
+    cohort_copy: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, str], int], dict[str, str]],
+    told: str,
+) -> None:
     edit_manifest(cohort_copy, lambda rows: [change(row, at) for at, row in enumerate(rows[:2])])
     with caplog.at_level("INFO"):
         predict_slides(PredictRequest(run=sharp_run, manifest=cohort_copy, out=tmp_path / "p.csv"))

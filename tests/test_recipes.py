@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from slidescale.engine import main
+from slidescale.engine.commands import recipe as main
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.foundation import find_foundation_model
 
 from conftest import read_csv
-from worlds import free_port
+from support.worlds import free_port
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("egfr", "breast", "finetune_vit", "frozen_baseline")
@@ -91,11 +91,23 @@ def test_the_eagle_preset_is_as_published() -> None:
     assert find_foundation_model(config.model.encoder)
     flat = config.flat()
     published = {
-        "model.encoder": "gigapath", "model.hidden_dim": 512, "model.attention_dim": 384, "model.dropout": 0.25,
-        "model.pooling": "gated_attention", "optim.optimizer": "adamw", "optim.lr": 1e-6, "optim.warmup_epochs": 2,
-        "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "run.epochs": 20, "data.epoch_share": 0.5,
-        "optim.class_weights": [], "data.k": 23 * 96, "data.tile_px": 224, "data.augment_symmetry": True,
-    }  # fmt: skip
+        "model.encoder": "gigapath",
+        "model.hidden_dim": 512,
+        "model.attention_dim": 384,
+        "model.dropout": 0.25,
+        "model.pooling": "gated_attention",
+        "optim.optimizer": "adamw",
+        "optim.lr": 1e-6,
+        "optim.warmup_epochs": 2,
+        "optim.weight_decay": 0.04,
+        "optim.weight_decay_end": 0.4,
+        "run.epochs": 20,
+        "data.epoch_share": 0.5,
+        "optim.class_weights": [],
+        "data.k": 23 * 96,
+        "data.tile_px": 224,
+        "data.augment_symmetry": True,
+    }
     assert {name: flat[name] for name in published} == published
     assert config.optim.lr * config.optim.min_lr_ratio == pytest.approx(1e-8)
     # A value of the gate is left when it is left in both of its factors.

@@ -73,9 +73,14 @@ def dots_per_inch(tmp_path: Path) -> Path:
     """A slide at 0.5 µm a pixel that an image program has saved with 72 dots per inch."""
     path = tmp_path / "dpi.tif"
     tifffile.imwrite(
-        path, stained(1024, 1024), tile=(256, 256), photometric="rgb", compression="zlib", resolution=(72, 72),
+        path,
+        stained(1024, 1024),
+        tile=(256, 256),
+        photometric="rgb",
+        compression="zlib",
+        resolution=(72, 72),
         resolutionunit="INCH",
-    )  # fmt: skip
+    )
     return path
 
 

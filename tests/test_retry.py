@@ -21,7 +21,7 @@ from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 from conftest import read_csv
-from worlds import World
+from support.worlds import World
 
 SPEC = TileSpec(tile_px=224, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 
@@ -167,9 +167,7 @@ def in_turn(group: TileGroup, folder: Path) -> list[object]:
     return seen
 
 
-def test_what_cannot_be_read_now_is_tried_again_on_every_rank(
-    world: Callable[[int], World], tmp_path: Path
-) -> None:  # fmt: skip
+def test_what_cannot_be_read_now_is_tried_again_on_every_rank(world: Callable[[int], World], tmp_path: Path) -> None:
     one, other = world(2).run(in_turn, tmp_path)
     assert one == other
     assert one[0] == (["s2", "s3", "s4"], ["s0", "s2", "s3", "s4"], {"s1": "damaged"})
@@ -227,7 +225,7 @@ def no_room(group: TileGroup, folder: Path, slides: list[Path]) -> str:
 
 def test_tilings_that_cannot_be_kept_end_every_rank_in_one_line(
     world: Callable[[int], World], real_slide: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "tilings").write_text("")
     (message,) = set(world(2).run(no_room, tmp_path, [tmp_path / "none.svs", real_slide]))
     assert message.startswith(f"cannot keep tilings in {tmp_path}/tilings: ") and "\n" not in message

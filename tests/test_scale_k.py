@@ -46,8 +46,11 @@ def test_a_sweep_is_right_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "left out: single is one process: none at 3 ranks" in done.stdout
     first = rows_of(out)
     assert [(row["policy"], row["ranks"]) for row in first] == [
-        ("checkpoint", 1), ("frozen", 1), ("hub", 3), ("recompute", 1)
-    ]  # fmt: skip
+        ("checkpoint", 1),
+        ("frozen", 1),
+        ("hub", 3),
+        ("recompute", 1),
+    ]
     for row in first:
         assert row["status"] == "ok"
         assert row["gradient_error"] <= 1e-4
@@ -115,7 +118,7 @@ def test_wrong_settings_are_told(
 
 
 def test_change_error_sees_a_half_that_did_not_move(benchmark: ModuleType) -> None:
-    from cell import change_error
+    from cells.cell import change_error
 
     start = {"encoder.w": torch.zeros(3), "aggregator.w": torch.zeros(3)}
     end = {"encoder.w": torch.ones(3), "aggregator.w": 100 * torch.ones(3)}
@@ -129,13 +132,21 @@ def test_change_error_sees_a_half_that_did_not_move(benchmark: ModuleType) -> No
 @pytest.mark.parametrize(("k", "ranks", "chunk"), [(64, 1, 16), (64, 2, 10), (96, 2, 16), (4, 2, 1)])
 def test_what_is_compared_is_in_several_chunks(benchmark: ModuleType, k: int, ranks: int, chunk: int) -> None:
     """Or a fault between chunks would not show; baselines, and a size that the user gave, stay as they are."""
-    from judgement import in_chunks
-    from ways import Cell
+    from cells.judgement import in_chunks
+    from cells.ways import Cell
 
     cell = Cell(
-        policy="recompute", strategy="ddp", ranks=ranks, k=k, encoder="resnet18", tile=96, chunk="auto",
-        dtype="float32", device="cpu", steps=3,
-    )  # fmt: skip
+        policy="recompute",
+        strategy="ddp",
+        ranks=ranks,
+        k=k,
+        encoder="resnet18",
+        tile=96,
+        chunk="auto",
+        dtype="float32",
+        device="cpu",
+        steps=3,
+    )
     assert in_chunks(cell).chunk == chunk
     assert in_chunks(replace(cell, chunk=7)).chunk == 7
     assert in_chunks(replace(cell, policy="plain")).chunk == "auto"

@@ -12,21 +12,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slidescale.engine import schedule as schedule_module
 from slidescale.engine.config import Config, OptimConfig, RunConfig
 from slidescale.engine.data.bag import draw_bag, epoch_order
-from slidescale.engine.ds_config import Schedule
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.optim import make_optimizer, parameter_groups
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.strategy import Strategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.parallel.zero import ZeroStrategy
-from slidescale.engine.schedule import GroupSchedule, make_schedule
+from slidescale.engine.strategies import schedule as schedule_module
+from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
+from slidescale.engine.strategies.schedule import GroupSchedule, Schedule, make_schedule
+from slidescale.engine.strategies.strategy import Strategy
+from slidescale.engine.strategies.zero import ZeroStrategy
 
-import equivalence
-from equivalence import BAG_SIZES, Case, all_tiles, make_cohort, make_model, make_strategy, mesh_for, steps, whole
+from support import equivalence
+from support.equivalence import (
+    BAG_SIZES,
+    Case,
+    all_tiles,
+    make_cohort,
+    make_model,
+    make_strategy,
+    mesh_for,
+    steps,
+    whole,
+)
 
 # fp32 sums in another order, over five steps (as in test_equivalence).
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from slidescale.engine.data.bag import draw_bag, epoch_order
-from slidescale.engine.parallel import strategy as strategy_module
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.step import StepResult, _entropy
+from slidescale.engine.strategies import strategy as strategy_module
+from slidescale.engine.training.step import StepResult, _entropy
 
-from equivalence import (
+from support.equivalence import (
     BAG_SIZES,
     Case,
     all_tiles,

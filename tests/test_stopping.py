@@ -13,14 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from slidescale.engine import launcher, main, stopping
-from slidescale.engine.checkpoint import Checkpoints
+from slidescale.engine.commands import recipe as main
 from slidescale.engine.data.cohort import Cohort
-from slidescale.engine.stopping import AGAIN, RESUME, listening, note
-from slidescale.engine.trainer import Trainer
+from slidescale.engine.process import launcher, stopping
+from slidescale.engine.process.stopping import AGAIN, RESUME, listening, note
+from slidescale.engine.training.checkpoint import Checkpoints
+from slidescale.engine.training.trainer import Trainer
 
+from support.worlds import free_port
 from test_training import make_config
-from worlds import free_port
 
 BIN = Path(sys.executable).parent
 # Whatever takes so long hangs.
@@ -228,9 +229,16 @@ def test_other_ranks_are_silent(
     ],
 )
 def test_training_says_how_to_go_on(
-    where: type, method: str, call: int, expected: str, exits: list[int], demo_manifest: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    where: type,
+    method: str,
+    call: int,
+    expected: str,
+    exits: list[int],
+    demo_manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     original, calls = getattr(where, method), []
 
     def stop(*args: Any, **settings: Any) -> Any:

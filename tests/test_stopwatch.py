@@ -7,15 +7,15 @@ from unittest import mock
 import pytest
 import torch
 
-from slidescale.engine.feed import Feed
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.objective import CrossEntropy
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.strategy import SingleStrategy
-from slidescale.engine.step import TrainStep
-from slidescale.engine.stopwatch import PHASES, Stopwatch
+from slidescale.engine.strategies.strategy import SingleStrategy
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training.feed import Feed
+from slidescale.engine.training.step import TrainStep
+from slidescale.engine.training.stopwatch import PHASES, Stopwatch
 
-from equivalence import (
+from support.equivalence import (
     BAG_SIZES,
     Case,
     FixedPlan,

@@ -8,14 +8,14 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from slidescale.engine.commands.study import Outcome, StudyConfig, arms_of, run_study, show, tell
+from slidescale.engine.commands.study_picture import Point, draw_against_k
 from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import write_csv
-from slidescale.engine.history import add_epoch, read_history
-from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.run_folder import open_run_folder, record_run
-from slidescale.engine.study import Outcome, StudyConfig, arms_of, run_study, show, tell
-from slidescale.engine.study_picture import Point, draw_against_k
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training.history import add_epoch, read_history
+from slidescale.engine.training.run_folder import open_run_folder, record_run
 
 from conftest import read_csv
 
@@ -50,10 +50,17 @@ class Runner:
             last.mkdir(parents=True, exist_ok=True)
             (last / "progress.json").write_text('{"progress": {"unreported": null}}')
             tiles = 100.0 if config.data.k == "all" else float(config.data.k)
-            add_epoch(folder, epoch, {
-                "train_loss": 1 / tiles + config.run.seed / 100 + 1 / epoch, "val_loss": 0.5,
-                "val_auroc": None if config.run.seed == 9 else 1 - 1 / tiles, "tiles_a_slide": tiles, "seconds": 2.0,
-            })  # fmt: skip
+            add_epoch(
+                folder,
+                epoch,
+                {
+                    "train_loss": 1 / tiles + config.run.seed / 100 + 1 / epoch,
+                    "val_loss": 0.5,
+                    "val_auroc": None if config.run.seed == 9 else 1 - 1 / tiles,
+                    "tiles_a_slide": tiles,
+                    "seconds": 2.0,
+                },
+            )
         return folder
 
 
@@ -79,8 +86,10 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = Runner()
     outcomes = run_study(arms, [0, 1], tmp_path, again)
     assert [(config.run.name, config.resume) for config in again.runs] == [
-        ("k-16-seed-0", True), ("k-4-seed-1", False), ("k-16-seed-1", False)
-    ]  # fmt: skip
+        ("k-16-seed-0", True),
+        ("k-4-seed-1", False),
+        ("k-16-seed-1", False),
+    ]
     assert outcomes == run_study(arms, [0, 1], tmp_path / "whole", Runner())
 
 
@@ -183,7 +192,8 @@ def test_history_of_a_resumed_run_has_each_epoch_once(tmp_path: Path) -> None:
     for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)):
         add_epoch(tmp_path, epoch, {"train_loss": loss, "val_auroc": None})
     assert read_history(tmp_path) == [
-        {"epoch": 1.0, "train_loss": 3.0, "val_auroc": None}, {"epoch": 2.0, "train_loss": 2.5, "val_auroc": None}
-    ]  # fmt: skip
+        {"epoch": 1.0, "train_loss": 3.0, "val_auroc": None},
+        {"epoch": 2.0, "train_loss": 2.5, "val_auroc": None},
+    ]
     write_csv(tmp_path / "history.csv", ("epoch",), [])
     assert read_history(tmp_path) == []

@@ -14,11 +14,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from slidescale.engine import main
+from slidescale.engine.commands import recipe as main
+from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, DataConfig, OptimConfig, RunConfig
 from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import ConfigError, ManifestError, UserError
-from slidescale.engine.objective import (
+from slidescale.engine.supervision.objective import (
     CrossEntropy,
     MultiLabel,
     Objective,
@@ -28,7 +29,6 @@ from slidescale.engine.objective import (
     make_objective,
     survival_edges,
 )
-from slidescale.engine.predict import PredictRequest, predict_slides
 
 from conftest import edit_manifest, read_csv
 from test_training import make_config
@@ -76,17 +76,22 @@ Formula = Callable[[list[float], tuple[float, ...]], float]
 TIMES = [0.1, 2.0, 3.0, math.nextafter(5.0, 0), 5.0, 5.2, 5.5, 11.0, 1e6]
 FORMULAS: dict[str, tuple[Callable[[], Objective], Formula, list[tuple[float, ...]]]] = {
     "classes": (
-        lambda: CrossEntropy([1.0, 2.0, 0.5, 1.0, 3.0], 5), cross_entropy, [(float(index),) for index in range(5)],
+        lambda: CrossEntropy([1.0, 2.0, 0.5, 1.0, 3.0], 5),
+        cross_entropy,
+        [(float(index),) for index in range(5)],
     ),
     "multi_label": (
-        lambda: MultiLabel([1.0, 2.0, 0.5, 1.0, 4.0], 5), multi_label,
+        lambda: MultiLabel([1.0, 2.0, 0.5, 1.0, 4.0], 5),
+        multi_label,
         [(1.0, 0.0, 1.0, 1.0, 0.0), (NAN, 0.0, NAN, 1.0, 1.0), (NAN, NAN, NAN, NAN, 1.0), (0.0, NAN, 0.0, 0.0, NAN)],
     ),
     "regression": (lambda: Regression(40.0, 8.0), regression, [(40.0,), (-3.5,), (77.0,)]),
     "survival": (
-        lambda: Survival(EDGES), survival, [(time, event) for time in TIMES for event in (0.0, 1.0)],
+        lambda: Survival(EDGES),
+        survival,
+        [(time, event) for time in TIMES for event in (0.0, 1.0)],
     ),
-}  # fmt: skip
+}
 
 
 def as_target(values: tuple[float, ...]) -> Tensor:

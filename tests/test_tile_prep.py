@@ -127,11 +127,21 @@ def test_recolouring_is_affine_in_optical_density() -> None:
 @pytest.mark.parametrize(
     ("n", "height", "width", "symmetry"),
     [
-        (0, 5, None, True), (1, 1, None, True), (1, 5, None, False), (7, 5, None, True), (8, 32, None, True),
-        (3, 33, None, True), (8, 33, None, True), (1, 100, None, False), (7, 100, None, True), (3, 33, 100, False),
-        (7, 31, 1, False), (1, 1, 32, False), (3, 32, 5, False),
+        (0, 5, None, True),
+        (1, 1, None, True),
+        (1, 5, None, False),
+        (7, 5, None, True),
+        (8, 32, None, True),
+        (3, 33, None, True),
+        (8, 33, None, True),
+        (1, 100, None, False),
+        (7, 100, None, True),
+        (3, 33, 100, False),
+        (7, 31, 1, False),
+        (1, 1, 32, False),
+        (3, 32, 5, False),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_equals_reference(
     kernels: Any, dtype: torch.dtype, n: int, height: int, width: int | None, symmetry: bool, colour: bool
@@ -196,13 +206,15 @@ def mutated(tmp_path: Path, old: str, new: str) -> ModuleType:
         ("(rows < height)[:, None]", "(rows < height - 1)[:, None]"),
         ("(values < row_values)[None, :]", "(values < row_values - 1)[None, :]"),
         ("row_step = tl.where(is_swapped, 3, row_values)", "row_step = row_values"),
-        ("is_upside_down, is_mirrored = (number & 4) != 0, (number & 2) != 0, (number & 1) != 0",
-         "is_upside_down, is_mirrored = (number & 4) != 0, (number & 1) != 0, (number & 2) != 0"),
+        (
+            "is_upside_down, is_mirrored = (number & 4) != 0, (number & 2) != 0, (number & 1) != 0",
+            "is_upside_down, is_mirrored = (number & 4) != 0, (number & 1) != 0, (number & 2) != 0",
+        ),
         ("tl.maximum(density, 0.0)", "density"),
         ("colour + tile * 12", "colour"),
         ("inside, 1).to(tl.float32), 1.0)", "inside, 1).to(tl.float32), 2.0)"),
     ],
-)  # fmt: skip
+)
 def test_planted_bugs_are_caught(tmp_path: Path, old: str, new: str) -> None:
     given = arguments(8, 33, None, symmetry=True, colour=True)
     expected = reference.prepare_tiles(**given, dtype=torch.float32)
@@ -244,8 +256,10 @@ def test_the_kernels_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {
-        "tiles": random_tiles(1, 5), "mean": torch.tensor(MEAN), "std": torch.tensor(STD),
-    }  # fmt: skip
+        "tiles": random_tiles(1, 5),
+        "mean": torch.tensor(MEAN),
+        "std": torch.tensor(STD),
+    }
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match="on a cpu device: they need an NVIDIA or AMD GPU"):
         prepare_tiles(**given, dtype=torch.float32, kernels="triton")
@@ -362,8 +376,10 @@ def augmented(n: int, *, first: int = 0, seed: int = SEED, chunk: int | None = N
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"augment_symmetry": True}, {"stain_jitter": 0.1}, {"augment_symmetry": True, "stain_jitter": 0.1},
-]  # fmt: skip
+    {"augment_symmetry": True},
+    {"stain_jitter": 0.1},
+    {"augment_symmetry": True, "stain_jitter": 0.1},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from slidescale.engine import main
-from slidescale.engine.checkpoint import Checkpoints
-from slidescale.engine.checksums import read_signed, write_signed
+from slidescale.engine.commands import recipe as main
+from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import (
     Config,
     DataConfig,
@@ -32,18 +31,19 @@ from slidescale.engine.config import (
 )
 from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.history import EpochTotals, read_history
-from slidescale.engine.objective import CrossEntropy
-from slidescale.engine.parallel.strategy import GradientNorms, SingleStrategy
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.predict import PredictRequest, predict_slides
-from slidescale.engine.run_folder import check_same_settings, find_run_folder
-from slidescale.engine.run_slides import check_same_slides
-from slidescale.engine.trainer import Trainer
+from slidescale.engine.strategies.strategy import GradientNorms, SingleStrategy
+from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.training.checkpoint import Checkpoints
+from slidescale.engine.training.checksums import read_signed, write_signed
+from slidescale.engine.training.history import EpochTotals, read_history
+from slidescale.engine.training.run_folder import check_same_settings, find_run_folder
+from slidescale.engine.training.run_slides import check_same_slides
+from slidescale.engine.training.trainer import Trainer
 
 from conftest import damage, edit_manifest, read_csv
+from support.worlds import World
 from test_retry import Away
-from worlds import World
 
 
 def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
@@ -272,9 +272,12 @@ def test_frozen_start_and_half_the_slides_an_epoch(demo_manifest: Path, tmp_path
     assert decays[0] == pytest.approx(0.04) and decays == sorted(decays) and 0.3 < decays[-1] < 0.4
     assert all(0 < event.value <= 1 for event in scalars["train/attention_entropy"])
     assert all(1 <= event.value <= 12.001 for event in scalars["train/effective_tiles"]), "of data.k tiles, 12"
-    names = {info.name.tag for info in metadata.parse_experiment_plugin_data(
-        board.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-    ).metric_infos}  # fmt: skip
+    names = {
+        info.name.tag
+        for info in metadata.parse_experiment_plugin_data(
+            board.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+        ).metric_infos
+    }
     assert names and names <= set(scalars), "what runs are compared by is there"
 
 

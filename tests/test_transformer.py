@@ -32,9 +32,14 @@ def make_aggregator(spread: Any = "split", **settings: Any) -> Aggregator:
     torch.manual_seed(0)
     usual = {"pooling": "gated_attention", "dropout": 0.0, "transformer_layers": 2}
     aggregator = Aggregator(
-        DIM, CLASSES, hidden_dim=WIDTH, attention_dim=5, transformer_heads=HEADS, transformer_spread=spread,
+        DIM,
+        CLASSES,
+        hidden_dim=WIDTH,
+        attention_dim=5,
+        transformer_heads=HEADS,
+        transformer_spread=spread,
         **(usual | settings),
-    ).double()  # fmt: skip
+    ).double()
     with torch.no_grad():
         for parameter in aggregator.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -171,9 +176,13 @@ def test_equals_plain_pytorch() -> None:
     )
     plain = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH, dtype=torch.float64), enable_nested_tensor=False)
     names = {
-        "attention_norm": "norm1", "query_key_value.": "self_attn.in_proj_", "attention_output": "self_attn.out_proj",
-        "mlp_norm": "norm2", "mlp.0": "linear1", "mlp.2": "linear2",
-    }  # fmt: skip
+        "attention_norm": "norm1",
+        "query_key_value.": "self_attn.in_proj_",
+        "attention_output": "self_attn.out_proj",
+        "mlp_norm": "norm2",
+        "mlp.0": "linear1",
+        "mlp.2": "linear2",
+    }
 
     def renamed(name: str) -> str:
         for here, there in names.items():

@@ -189,9 +189,26 @@ def test_chunks_change_nothing(name: str) -> None:
 
 # Of the smaller ones in each of timm's files, the first of these words in a name decides.
 SMALL = (
-    "test_", "atto", "femto", "pico", "nano", "xxxs", "xxs", "_xs", "tiny", "mini", "small", "_s_", "18", "050", "_s",
-    "_10", "b0", "_t0", "lite",
-)  # fmt: skip
+    "test_",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxxs",
+    "xxs",
+    "_xs",
+    "tiny",
+    "mini",
+    "small",
+    "_s_",
+    "18",
+    "050",
+    "_s",
+    "_10",
+    "b0",
+    "_t0",
+    "lite",
+)
 LARGEST = 60e6
 
 

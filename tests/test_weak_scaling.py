@@ -12,7 +12,7 @@ import pytest
 
 from slidescale.engine.errors import ConfigError
 
-from worlds import PATIENCE_S
+from support.worlds import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,14 +24,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model() -> ModuleType:
-    import scaling_model
+    from scaling import model as scaling_model
 
     return scaling_model
 
 
 @pytest.fixture
 def networks() -> ModuleType:
-    import networks
+    from scaling import networks
 
     return networks
 
@@ -50,9 +50,17 @@ def job_and_costs(model: ModuleType, networks: ModuleType, **settings: Any) -> t
         | settings
     )
     costs = model.Costs(
-        forward_s=0.01, both_s=0.03, aggregate_s=0.005, update_s=lambda strategy, ranks: 0.02, read_s=0.001,
-        cores=4, readers=2, computing=0, hides=(), network=networks.NETWORKS["dgx-h100"],
-    )  # fmt: skip
+        forward_s=0.01,
+        both_s=0.03,
+        aggregate_s=0.005,
+        update_s=lambda strategy, ranks: 0.02,
+        read_s=0.001,
+        cores=4,
+        readers=2,
+        computing=0,
+        hides=(),
+        network=networks.NETWORKS["dgx-h100"],
+    )
     return job, costs
 
 
@@ -81,7 +89,7 @@ def test_collectives_by_hand(networks: ModuleType) -> None:
 
 
 def test_what_a_fit_measured_is_what_the_network_says(networks: ModuleType) -> None:
-    from calibration import _fit
+    from scaling.calibration import _fit
 
     for n in (2, 3, 4):
         link = networks.Link(*_fit(n, [0.002, 0.05], [1e3, 1e7], messages=n - 1, passes=1))
@@ -157,16 +165,25 @@ def test_reading_takes_what_cores_it_shares(model: ModuleType, networks: ModuleT
 
 def test_bytes_are_those_of_the_engine(model: ModuleType, command: ModuleType, tmp_path: Path) -> None:
     """Counted on 2 ranks with 3 chunks each."""
-    from cell import measure
-    from drawn_slide import write_slide
-    from harness import Limits
-    from ways import Cell
+    from cells.cell import measure
+    from cells.drawn_slide import write_slide
+    from cells.harness import Limits
+    from cells.ways import Cell
 
     write_slide(tmp_path / "slide.tiff", 12, 32)
     cell = Cell(
-        policy="recompute", strategy="fsdp", ranks=2, k=12, encoder="test_resnet", tile=32, chunk=2, dtype="float32",
-        device="cpu", steps=1, counted=(12,),
-    )  # fmt: skip
+        policy="recompute",
+        strategy="fsdp",
+        ranks=2,
+        k=12,
+        encoder="test_resnet",
+        tile=32,
+        chunk=2,
+        dtype="float32",
+        device="cpu",
+        steps=1,
+        counted=(12,),
+    )
     limits = Limits(PATIENCE_S, 2**34)
     ended, row = measure(cell, slide=tmp_path / "slide.tiff", limits=limits, log=tmp_path / "log")
     assert ended.status == "ok", ended.message
@@ -210,9 +227,12 @@ def test_unknown_names_are_told(
 
 
 PARTS = {
-    "forward_s": 0.01, "both_s": 0.03, "aggregate_s": 0.01, "read_s": {"32": 0.001},
+    "forward_s": 0.01,
+    "both_s": 0.03,
+    "aggregate_s": 0.01,
+    "read_s": {"32": 0.001},
     "links": {"all-reduce": [1e-3, 1e9], "all-gather": [1e-3, 1e9], "reduce-scatter": [1e-3, 1e9]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("error", [1.05, 1.3, math.nan])
@@ -220,7 +240,7 @@ def test_a_prediction_that_is_off_is_found(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, error: float
 ) -> None:
     """A machine that takes as long as its parts say, within 15% or not."""
-    from harness import Ended
+    from cells.harness import Ended
 
     calls = {"parts": 0, "steps": 0}
 
@@ -237,11 +257,38 @@ def test_a_prediction_that_is_off_is_found(
         return Ended("ok", ""), {"step_s": error * predicted[cell.ranks]}
 
     words = [
-        "--encoder", "test_resnet", "--tile", "32", "--tiles-a-rank", "8", "--device", "cpu", "--dtype", "float32",
-        "--check-policy", "recompute", "--check-strategy", "ddp", "--project-encoder", "test_resnet",
-        "--project-tile", "32", "--project-tiles", "16", "--gpus", "1", "8", "64", "--strategy", "ddp", "fsdp",
-        "--out", str(tmp_path), "--page", str(tmp_path / "docs" / "page.md"),
-    ]  # fmt: skip
+        "--encoder",
+        "test_resnet",
+        "--tile",
+        "32",
+        "--tiles-a-rank",
+        "8",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--check-policy",
+        "recompute",
+        "--check-strategy",
+        "ddp",
+        "--project-encoder",
+        "test_resnet",
+        "--project-tile",
+        "32",
+        "--project-tiles",
+        "16",
+        "--gpus",
+        "1",
+        "8",
+        "64",
+        "--strategy",
+        "ddp",
+        "fsdp",
+        "--out",
+        str(tmp_path),
+        "--page",
+        str(tmp_path / "docs" / "page.md"),
+    ]
     monkeypatch.setattr(sys, "argv", ["weak_scaling.py", *words])
     monkeypatch.setattr(command, "calibrate", calibrate)
     monkeypatch.setattr(command, "measure", measure)

@@ -154,9 +154,12 @@ class Cohort:
                 f"{self._max_excluded:g} allows:\n{self._reasons(self.excluded)}"
             )
         log.warning(
-            "set aside %d slide%s:\n%s%s", len(new), "s" * (len(new) > 1), self._reasons(new),
+            "set aside %d slide%s:\n%s%s",
+            len(new),
+            "s" * (len(new) > 1),
+            self._reasons(new),
             "\n  what cannot be read now is tried again later" * any(fault.passing for fault in new.values()),
-        )  # fmt: skip
+        )
 
     def hold(self) -> None:
         """Leave slides that cannot be read now until the run is resumed: no epoch could use them without features."""
@@ -179,8 +182,12 @@ class Cohort:
         faults = self._tile(untiled) if untiled else []
         left = len(rows) - len(faults)
         if left:
-            log.info("%d slide%s, which could not be read before, %s tried again", left, "s" * (left > 1),
-                     "are" if left > 1 else "is")  # fmt: skip
+            log.info(
+                "%d slide%s, which could not be read before, %s tried again",
+                left,
+                "s" * (left > 1),
+                "are" if left > 1 else "is",
+            )
         if faults:
             self.exclude(*faults)
         else:

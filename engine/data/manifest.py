@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from slidescale.engine.config import DataConfig
+from slidescale.engine.config import DataConfig, SupervisionName
 from slidescale.engine.data.problems import Problem, describe
 from slidescale.engine.data.resolution import POSSIBLE_UM
 from slidescale.engine.data.same_slide import look_at, same_slides
 from slidescale.engine.data.table import Record, read_table
-from slidescale.engine.data.targets import is_missing, is_unlabelled, near, read_targets
-from slidescale.engine.errors import ManifestError
-from slidescale.engine.objective import SupervisionName
+from slidescale.engine.data.targets import is_missing, is_unlabelled, read_targets
+from slidescale.engine.errors import ManifestError, near
 
 Split = Literal["train", "val", "test"]
 

@@ -15,6 +15,9 @@ from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import TileSpec, exact_corners
 from slidescale.engine.errors import SlideError
 
+# Chunks that are read while one is encoded.
+CHUNKS_AHEAD = 4
+
 
 @dataclass(frozen=True, eq=False)
 class TileRequest:

@@ -176,9 +176,11 @@ class Slide:
                 raise
 
         return reading(
-            self.path, f"{self.path}: cannot read at ({place[0]}, {place[1]})", attempt,
+            self.path,
+            f"{self.path}: cannot read at ({place[0]}, {place[1]})",
+            attempt,
             (openslide.OpenSlideError, OSError),
-        )  # fmt: skip
+        )
 
     def _level_for(self, downsample: float) -> Level:
         """The coarsest level that has the detail of a downsample; level 0 needs no look at the others."""

@@ -16,19 +16,19 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tifffile
 from PIL import Image
 from scipy import ndimage
 
+from slidescale.engine.config import FocusSize
 from slidescale.engine.files import replacing, write_json
 
 FORMAT_VERSION = 1
 """Part of cohort.json: raise it when the pictures change, so that an old cohort is drawn again."""
 
-FocusSize = Literal["large", "small"]
 FOCUS_RADIUS_PX: dict[FocusSize, tuple[float, float]] = {"large": (42, 75), "small": (24, 36)}
 
 MPP_UM = 0.5

@@ -1,15 +1,14 @@
 """What the manifest says of each slide, for a model to predict: a class, labels, a number, or a time until an event."""
 
-import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from slidescale.engine.config import DataConfig
 from slidescale.engine.data.problems import Problem
 from slidescale.engine.data.table import Record
-from slidescale.engine.objective import regression_scale, survival_edges
+from slidescale.engine.errors import near
+from slidescale.engine.supervision.objective import regression_scale, survival_edges
 
 # As spreadsheets and pandas write them; a column of integers with gaps becomes one of floats there.
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
@@ -59,12 +58,6 @@ def is_unlabelled(cell: str, config: DataConfig) -> bool:
     """Whether a label stands for nothing; a class may be called "None" where the settings name it so."""
     named = config.supervision == "classes" and (cell in config.classes or cell in config.label_map)
     return is_missing(cell) and not named
-
-
-def near(name: str, candidates: Iterable[str]) -> str:
-    """The question whether another name was meant, if one is like it."""
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _classes(records: list[Record], config: DataConfig) -> Targets:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.units import MIB
 
-MIB = 1024**2
 # PCIe x16, bytes/s in one direction.
 PCIE_4 = 32e9
 PCIE_5 = 64e9

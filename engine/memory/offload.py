@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-MIB = 1024**2
 SMALLEST = 64 * 1024
 """Bytes below which a storage stays: a transfer's fixed cost (10 to 100 µs) would exceed that of its bytes, and what
 stays is little: per-channel statistics, and the activations of a tile or two at the last layers."""

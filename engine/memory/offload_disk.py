@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from slidescale.engine.errors import UserError
-from slidescale.engine.memory.offload import MIB, Away, Offload
-from slidescale.engine.memory.usage import format_size, return_freed_memory
+from slidescale.engine.memory.offload import Away, Offload
+from slidescale.engine.memory.usage import return_freed_memory
+from slidescale.engine.units import MIB, format_size
 
 DISK_AHEAD = 64 * MIB
 """Bytes read ahead from disk of their use, and one storage: enough to hide a read behind a layer's backward."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory.offload import MIB, Away, Note, Offload, Stayed, modified
-from slidescale.engine.memory.usage import format_size
+from slidescale.engine.memory.offload import Away, Note, Offload, Stayed, modified
+from slidescale.engine.units import MIB, format_size
 
 HOST_AHEAD = 256 * MIB
 """Bytes of device memory, and one storage, that copies to the host hold, and as many for copies back. The largest

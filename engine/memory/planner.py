@@ -9,24 +9,18 @@ aggregator, the stored graphs' backward, the other chunks again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from slidescale.engine.config import PolicyName
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.devices import Device
 from slidescale.engine.memory.footprint import Footprint
 from slidescale.engine.memory.offload_disk import DISK_AHEAD, STAGE
 from slidescale.engine.memory.offload_host import HOST_AHEAD
-from slidescale.engine.memory.usage import format_size
-from slidescale.engine.parallel.ddp import BUCKET_BYTES
-
-PolicyName = Literal["auto", "keep", "recompute", "offload"]
-ShardingName = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
-OptimizerName = Literal["adamw", "sgd", "apex_adam", "apex_lamb"]
+from slidescale.engine.units import format_size
 
 FP32 = 4
-# fp32 values of optimizer state for each that trains: two moments (Adam, LAMB), one (SGD with momentum).
-MOMENTS = {"adamw": 2, "apex_adam": 2, "apex_lamb": 2, "sgd": 1}
 
 # Tiles a chunk beyond which a larger one is hardly faster.
 CHUNK_CAP = {"cpu": 16, "cuda": 128}
@@ -41,11 +35,6 @@ SCRATCH_BYTES = {"cpu": 64 * 1024**2, "cuda": 0}
 POOLING_TILE_BYTES = 16 * 1024
 POOLING_BYTES = {"cpu": 64 * 1024**2, "cuda": 256 * 1024**2}
 
-# DeepSpeed's defaults (runtime/zero/config.py), in parameters: reduce_bucket_size, stage3_max_live_parameters.
-REDUCE_BUCKET = 500_000_000
-MAX_LIVE = 1_000_000_000
-# Bytes of the two flat copies through which ddp's gradients travel.
-DDP_BUCKETS = 2 * BUCKET_BYTES
 # Bytes that policy offload holds where it computes: on a GPU on their way out, and as many on their way back; on a CPU
 # on their way to disk, and read ahead of their use, beside which one storage may be on its way.
 OFFLOAD_BUFFERS = {"cuda": 2 * HOST_AHEAD, "cpu": 2 * STAGE + DISK_AHEAD}
@@ -59,104 +48,6 @@ HELPS = (
     "What helps: --memory.checkpoint-blocks, a smaller --data.tile-px or --data.k, more ranks, "
     "a strategy that shards or offloads the model (zero3, fsdp), a larger --memory.budget"
 )
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """Bytes a rank holds of the model, whatever K is.
-
-    Attributes:
-        parameters: with what is gathered of other ranks' at once.
-        gradients: the rank's own sum over all chunks, whole, and its shard of the reduced ones where there is one.
-        optimizer: moments, and the fp32 copy of the parameters' shard that ZeRO-1 and 2 keep.
-        buffers: for communication, held all the time.
-        update: needed beyond these when the step's activations are gone, to reduce and to update.
-        host: held in the host's memory instead (offload), beside a GPU.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    buffers: int
-    update: int
-    host: int = 0
-
-    @property
-    def base(self) -> int:
-        """Bytes held throughout a step."""
-        return self.parameters + self.gradients + self.optimizer + self.buffers
-
-
-def model_state(
-    footprint: Footprint,
-    *,
-    strategy: ShardingName,
-    ranks: int,
-    optimizer: OptimizerName = "adamw",
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
-    fsdp_hold: bool = False,
-    reduce_bucket: int = REDUCE_BUCKET,
-    max_live: int = MAX_LIVE,
-) -> ModelState:
-    """What a rank holds of the model with fp32 weights.
-
-    Under ZeRO-1 to 3 and FSDP2 every rank sums its gradients over the step's chunks as a whole, locally, and reduces
-    once (DeepSpeed's `coalesce_grad_reduction`, FSDP2's `set_requires_gradient_sync`). ZeRO-1 and 2 clone the shard
-    they update even if the model is fp32 already (DeepSpeed 0.19: `single_partition_of_fp32_groups` in
-    `stage_1_and_2.py`); ZeRO-3 does so only to offload it (`fp32_partitioned_groups_flat` in `stage3.py`).
-
-    Args:
-        ranks: that the model is spread over.
-        reduce_bucket: ds.json's `reduce_bucket_size`, in parameters.
-        max_live: ds.json's `stage3_max_live_parameters`.
-    """
-    cuda = footprint.flavour == "cuda"
-    weights, trained = FP32 * footprint.parameters, FP32 * footprint.trained
-    shard = -(-trained // ranks)
-    moments = MOMENTS[optimizer]
-    # PyTorch updates all tensors at once on a GPU, through temporaries of their size, and one by one on a CPU.
-    temporary = 2 * trained if cuda else 2 * FP32 * footprint.largest
-    bucket = FP32 * reduce_bucket if cuda else min(trained, FP32 * reduce_bucket)  # a CPU's is touched as it fills
-    match strategy:
-        case "single":
-            return ModelState(weights, trained, moments * trained, 0, temporary)
-        case "ddp":
-            return ModelState(weights, trained, moments * trained, 0, max(DDP_BUCKETS, temporary))
-        case "zero0":
-            return ModelState(weights, trained, moments * trained, 0, max(min(bucket, trained), temporary))
-        case "zero1" | "zero2":
-            state = (1 + moments) * shard
-            update = max(bucket + shard, 2 * shard + min(temporary, 2 * shard))
-            if offload_optimizer:
-                # the reduced shard too, and a buffer through which updated weights come back
-                return _offloaded(ModelState(weights, trained, 0, 0, bucket), host=state + 2 * shard, cuda=cuda)
-            return ModelState(weights, trained, state, 0, update)
-        case "zero3":
-            own, gathered = -(-weights // ranks), min(weights, FP32 * max_live)
-            host = (own if offload_parameters else 0) + ((2 + moments) * shard if offload_optimizer else 0)
-            held = ModelState(
-                gathered + (0 if offload_parameters else own),
-                trained + (0 if offload_optimizer else shard),
-                0 if offload_optimizer else moments * shard,
-                bucket,
-                shard + min(temporary, 2 * shard),
-            )
-            return _offloaded(held, host=host, cuda=cuda)
-        case "fsdp":
-            own = -(-weights // ranks)
-            # the block that computes, the next one on its way, and what lies outside of blocks
-            block = FP32 * footprint.block
-            gathered = weights if fsdp_hold else min(weights, 2 * block + FP32 * footprint.outside)
-            if offload_parameters:
-                held = ModelState(gathered, trained, 0, 0, block)
-                return _offloaded(held, host=own + (1 + moments) * shard, cuda=cuda)
-            return ModelState(own + gathered, trained + shard, moments * shard, 0, min(temporary, 2 * shard))
-
-
-def _offloaded(state: ModelState, *, host: int, cuda: bool) -> ModelState:
-    """On a machine without accelerator, the host's memory is the same memory."""
-    return replace(state, host=host) if cuda else replace(state, optimizer=state.optimizer + host)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.seeding import derive_seed
+from slidescale.engine.seeding import seeded
 
 Backward = Callable[[Tensor], None]
 Saving = Callable[[], AbstractContextManager[None]]
@@ -119,15 +119,6 @@ def inject_zeros(model: SlideModel, chunks: Chunks, backward: Backward) -> None:
     rows = slice(0, 0)
     with _randomness(chunks, rows):
         backward(_encode_chunk(model, chunks, rows).sum())
-
-
-@contextmanager
-def seeded(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Draw torch's random numbers on the CPU and `device` from a key, and put the generators back afterwards."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(derive_seed(*key))
-        yield
 
 
 def _encode_chunk(model: SlideModel, chunks: Chunks, rows: slice) -> Tensor:

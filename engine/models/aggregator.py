@@ -1,17 +1,16 @@
 """Aggregators: from the features of a slide's tiles, spread over ranks, to the slide's logits."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from slidescale.engine.config import PoolingName, SpreadName
 from slidescale.engine.models.dropout import current_draw, key_dropouts
-from slidescale.engine.models.transformer import SpreadName, Transformer
+from slidescale.engine.models.transformer import Transformer
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.kernels.dispatch import KernelName
 from slidescale.kernels.gated_attention import Gate, GateDropout, Partial, gated_attention, pool_partial
-
-PoolingName = Literal["gated_attention", "mean", "max"]
 
 
 class Pooled(NamedTuple):
@@ -158,9 +157,13 @@ class Aggregator(nn.Module):
         super().__init__()
         self.norm = SlideNorm() if slide_norm else None
         self.projection = nn.Sequential(
-            nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout),
-        )  # fmt: skip
+            nn.Linear(dim, hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
         self.transformer = None
         if transformer_layers:
             self.transformer = Transformer(

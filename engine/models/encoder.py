@@ -85,9 +85,12 @@ class Encoder(nn.Module):
         self.dim: int = try_network(backbone, name, tile_px, self._pool)
         data_config = timm.data.resolve_model_data_config(self.backbone)
         self.prepare = TilePrep(
-            data_config["mean"], data_config["std"], augment_symmetry=augment_symmetry, stain_jitter=stain_jitter,
+            data_config["mean"],
+            data_config["std"],
+            augment_symmetry=augment_symmetry,
+            stain_jitter=stain_jitter,
             kernels=kernels,
-        )  # fmt: skip
+        )
         if lora_rank:
             add_adapters(backbone, lora_rank, example=torch.zeros(1, 3, tile_px, tile_px))
         key_dropouts(backbone, "encoder")

@@ -71,8 +71,15 @@ FOUNDATION_MODELS = {
         hub="MahmoodLab/UNI2-h",
         architecture="vit_giant_patch14_224",
         options={
-            "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2,
-            "init_values": 1e-5, "no_embed_class": True, "reg_tokens": 8, **SWIGLU,
+            "patch_size": 14,
+            "depth": 24,
+            "num_heads": 24,
+            "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2,
+            "init_values": 1e-5,
+            "no_embed_class": True,
+            "reg_tokens": 8,
+            **SWIGLU,
         },
         dim=1536,
         patch_px=14,
@@ -128,7 +135,11 @@ FOUNDATION_MODELS = {
         hub="prov-gigapath/prov-gigapath",
         architecture="vit_giant_patch14_dinov2",
         options={
-            "patch_size": 16, "depth": 40, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 5.33334,
+            "patch_size": 16,
+            "depth": 40,
+            "num_heads": 24,
+            "embed_dim": 1536,
+            "mlp_ratio": 5.33334,
             "init_values": 1e-5,
         },
         dim=1536,
@@ -137,7 +148,7 @@ FOUNDATION_MODELS = {
         source="Xu et al. 2024, Nature 630:181",
         licence="Apache 2.0 with conditions: for research, and not for diagnosis",
     ),
-}  # fmt: skip
+}
 
 
 def find_foundation_model(name: str) -> tuple[str, FoundationModel] | None:

@@ -44,8 +44,11 @@ def add_adapters(backbone: nn.Module, rank: int, example: Tensor) -> None:
     if uncalled := [name for name in linear if name not in called]:
         log.warning(
             "%d of the encoder's %d linear layers get no adapter, because the network uses their weights without "
-            "calling them: %s", len(uncalled), len(linear), ", ".join(uncalled),
-        )  # fmt: skip
+            "calling them: %s",
+            len(uncalled),
+            len(linear),
+            ", ".join(uncalled),
+        )
     targets = "|".join(re.escape(name) for name in called)  # a pattern matches whole names, a list their ends as well
     settings = peft.LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=targets, lora_dropout=0.0)
     peft.inject_adapter_in_model(settings, backbone)  # freezes all else

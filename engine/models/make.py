@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from slidescale.engine.config import Config
-from slidescale.engine.memory.two_pass import seeded
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.foundation import find_foundation_model
 from slidescale.engine.models.packaged import PACKAGE, PACKAGED_ENCODER
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.seeding import seeded
 from slidescale.kernels.dispatch import KernelName
 
 log = logging.getLogger(__name__)

@@ -12,17 +12,15 @@ pixels on the host do, and stay small beside them: 0.2 GB a layer in bf16 for 10
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slidescale.engine.config import SpreadName
 from slidescale.engine.models.dropout import redrawing
 from slidescale.engine.parallel.collectives import all_gather_rows
 from slidescale.engine.parallel.tile_parallel import TileGroup
-
-SpreadName = Literal["split", "gathered"]
 
 MLP_RATIO = 4
 # Longest wavelength of the position code, over 2π, in tiles (Vaswani et al. 2017, sec. 3.5).

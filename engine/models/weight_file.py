@@ -18,15 +18,27 @@ from slidescale.engine.errors import ConfigError
 # Where trainers keep the weights beside other things, what is used before what: averages of the weights, the teacher of
 # DINO and DINOv2 (which are what these publish), and then the weights as they were trained.
 WRAPPERS = (
-    "state_dict_ema", "model_ema", "teacher", "state_dict", "model_state_dict", "model", "student", "encoder", "net",
-)  # fmt: skip
+    "state_dict_ema",
+    "model_ema",
+    "teacher",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "student",
+    "encoder",
+    "net",
+)
 # What trainers keep beside tensors, and holds values only: their command line, paths, and NumPy's numbers, which older
 # versions of NumPy name otherwise.
 _NUMBER = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
-    argparse.Namespace, PosixPath, np.dtype, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    _NUMBER,
+    (_NUMBER, "numpy.core.multiarray.scalar"),
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-]  # fmt: skip
+]
 SHOWN = 3
 
 

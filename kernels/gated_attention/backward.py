@@ -40,10 +40,21 @@ SPLITS = 4
 
 @triton.jit(do_not_specialize=["k", "branches", "stride"], do_not_specialize_on_alignment=UNALIGNED)
 def score_gradient(
-    features, scores, m, grad_scores, grad_l, grad_acc, d_scores,
-    k: tl.int64, dim: tl.int32, branches: tl.int32, stride: tl.int32,
-    BRANCHES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    features,
+    scores,
+    m,
+    grad_scores,
+    grad_l,
+    grad_acc,
+    d_scores,
+    k: tl.int64,
+    dim: tl.int32,
+    branches: tl.int32,
+    stride: tl.int32,
+    BRANCHES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """∂L/∂s = p (∂L/∂l + h · ∂L/∂acc) + what other uses of the scores give, for `branches` of `stride` branches."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_in = rows < k
@@ -70,11 +81,27 @@ def score_gradient(
     do_not_specialize=["first", "end", "branches", "seed", "first_tile"], do_not_specialize_on_alignment=UNALIGNED
 )
 def gate_gradient(
-    features, weights, biases, w_weight, d_scores, d_gate, part_biases, part_w,
-    first: tl.int64, end: tl.int64, dim: tl.int32, gate_dim: tl.int32, branches: tl.int32,
-    seed: tl.int64, first_tile: tl.int64, drop: tl.float32,
-    DROPOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    features,
+    weights,
+    biases,
+    w_weight,
+    d_scores,
+    d_gate,
+    part_biases,
+    part_w,
+    first: tl.int64,
+    end: tl.int64,
+    dim: tl.int32,
+    gate_dim: tl.int32,
+    branches: tl.int32,
+    seed: tl.int64,
+    first_tile: tl.int64,
+    drop: tl.float32,
+    DROPOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The gate's gradient for a block of tiles, of those from `first` to `end`, and of columns; its sums over tiles."""
     block = tl.program_id(1).to(tl.int64)
     local = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -104,10 +131,21 @@ def gate_gradient(
 
 @triton.jit(do_not_specialize=["first", "end", "branches"], do_not_specialize_on_alignment=UNALIGNED)
 def features_gradient(
-    d_gate, weights, scores, m, grad_acc, d_features,
-    first: tl.int64, end: tl.int64, dim: tl.int32, gate_dim: tl.int32, branches: tl.int32,
-    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    d_gate,
+    weights,
+    scores,
+    m,
+    grad_acc,
+    d_features,
+    first: tl.int64,
+    end: tl.int64,
+    dim: tl.int32,
+    gate_dim: tl.int32,
+    branches: tl.int32,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """∂L/∂h = ∂L/∂gate [V; U] + Σ_b p_b ∂L/∂acc_b, for a block of tiles, of those from `first` to `end`, and of D."""
     local = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = first + local
@@ -132,10 +170,18 @@ def features_gradient(
 
 @triton.jit(do_not_specialize=["first", "end", "split_tiles"])
 def weights_gradient(
-    d_gate, features, part_weights,
-    first: tl.int64, end: tl.int64, dim: tl.int32, gate_dim: tl.int32, split_tiles: tl.int32,
-    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    d_gate,
+    features,
+    part_weights,
+    first: tl.int64,
+    end: tl.int64,
+    dim: tl.int32,
+    gate_dim: tl.int32,
+    split_tiles: tl.int32,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Add (∂L/∂gate)ᵀ h of `split_tiles` tiles to their split's sum, for a block of V and U."""
     gates = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     gate_in = gates < 2 * gate_dim
@@ -185,11 +231,23 @@ def backward(
     d_scores = torch.empty((k, branches), device=device)
     for of in branch_groups(branches):
         score_gradient[(triton.cdiv(k, blocks.tiles),)](
-            features, scores[:, of], m[of], grad_scores[:, of], grad_l[of], grad_acc[of], d_scores[:, of],
-            k, padded_dim, of.stop - of.start, branches,
-            BRANCHES=1 if branches == 1 else MANY_BRANCHES, BLOCK_K=blocks.tiles, BLOCK_D=blocks.dim,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+            features,
+            scores[:, of],
+            m[of],
+            grad_scores[:, of],
+            grad_l[of],
+            grad_acc[of],
+            d_scores[:, of],
+            k,
+            padded_dim,
+            of.stop - of.start,
+            branches,
+            BRANCHES=1 if branches == 1 else MANY_BRANCHES,
+            BLOCK_K=blocks.tiles,
+            BLOCK_D=blocks.dim,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
 
     gates = gate_blocks(features.dtype, dtype, dropout=dropout is not None)
     products = product_blocks(dtype)
@@ -206,24 +264,65 @@ def backward(
         end = min(first + STRETCH, k)
         count = triton.cdiv(end - first, gates.tiles)
         gate_gradient[(triton.cdiv(gate_dim, gates.gate), count)](
-            features, weights, biases, w, d_scores, d_gate, part_biases, part_w,
-            first, end, padded_dim, gate_dim, branches, seed, first_tile, p,
-            DROPOUT=dropout is not None, BLOCK_K=gates.tiles, BLOCK_L=gates.gate, BLOCK_D=gates.dim,
-            num_warps=gates.warps, num_stages=gates.stages,
-        )  # fmt: skip
+            features,
+            weights,
+            biases,
+            w,
+            d_scores,
+            d_gate,
+            part_biases,
+            part_w,
+            first,
+            end,
+            padded_dim,
+            gate_dim,
+            branches,
+            seed,
+            first_tile,
+            p,
+            DROPOUT=dropout is not None,
+            BLOCK_K=gates.tiles,
+            BLOCK_L=gates.gate,
+            BLOCK_D=gates.dim,
+            num_warps=gates.warps,
+            num_stages=gates.stages,
+        )
         d_biases += part_biases[:count].sum(dim=0)
         d_w += part_w[:count].sum(dim=0)
         features_gradient[(triton.cdiv(padded_dim, products.dim), triton.cdiv(end - first, products.tiles))](
-            d_gate, weights, scores, m, grad_acc, d_features, first, end, padded_dim, gate_dim, branches,
-            BLOCK_K=products.tiles, BLOCK_L=products.gate, BLOCK_D=products.dim,
-            num_warps=products.warps, num_stages=products.stages,
-        )  # fmt: skip
+            d_gate,
+            weights,
+            scores,
+            m,
+            grad_acc,
+            d_features,
+            first,
+            end,
+            padded_dim,
+            gate_dim,
+            branches,
+            BLOCK_K=products.tiles,
+            BLOCK_L=products.gate,
+            BLOCK_D=products.dim,
+            num_warps=products.warps,
+            num_stages=products.stages,
+        )
         split_tiles = next_multiple(triton.cdiv(end - first, SPLITS), products.tiles)
         weights_gradient[(triton.cdiv(2 * gate_dim, products.gate), triton.cdiv(padded_dim, products.dim), SPLITS)](
-            d_gate, features, part_weights, first, end, padded_dim, gate_dim, split_tiles,
-            BLOCK_K=products.tiles, BLOCK_L=products.gate, BLOCK_D=products.dim,
-            num_warps=products.warps, num_stages=products.stages,
-        )  # fmt: skip
+            d_gate,
+            features,
+            part_weights,
+            first,
+            end,
+            padded_dim,
+            gate_dim,
+            split_tiles,
+            BLOCK_K=products.tiles,
+            BLOCK_L=products.gate,
+            BLOCK_D=products.dim,
+            num_warps=products.warps,
+            num_stages=products.stages,
+        )
     d_weights = part_weights.sum(dim=0)[:, :width, :dim].flatten(0, 1)
     d_biases = d_biases[:, :width].flatten()
     return d_features[:, :dim].contiguous(), d_weights, d_biases, d_w[:, :width].contiguous(), d_scores.sum(dim=0)

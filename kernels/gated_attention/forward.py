@@ -28,9 +28,18 @@ from slidescale.kernels.keyed_random.device import draw_uniform
 
 @triton.jit
 def gate_block(
-    features, weights, biases, rows, gates, k, dim, gate_dim,
-    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    features,
+    weights,
+    biases,
+    rows,
+    gates,
+    k,
+    dim,
+    gate_dim,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """tanh(V h + b_V) and σ(U h + b_U) for a block of tiles and columns.
 
     `rows` int64 `[BLOCK_K]` are tiles, `gates` int32 `[BLOCK_L]` columns; those outside of K × L get anything finite.
@@ -64,12 +73,30 @@ def drop_gate(gate, rows, gates, seed, first_tile, drop):
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def pool_block(
-    features, weights, biases, w_weight, w_bias, mask, scores, part_m, part_l, part_acc,
-    k: tl.int64, dim: tl.int32, gate_dim: tl.int32, branches: tl.int32, stride: tl.int32,
-    seed: tl.int64, first_tile: tl.int64, drop: tl.float32,
-    DROPOUT: tl.constexpr, BRANCHES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    features,
+    weights,
+    biases,
+    w_weight,
+    w_bias,
+    mask,
+    scores,
+    part_m,
+    part_l,
+    part_acc,
+    k: tl.int64,
+    dim: tl.int32,
+    gate_dim: tl.int32,
+    branches: tl.int32,
+    stride: tl.int32,
+    seed: tl.int64,
+    first_tile: tl.int64,
+    drop: tl.float32,
+    DROPOUT: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Scores and partial of one block of tiles, for `branches` (at most BRANCHES) of `stride` branches."""
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -135,11 +162,30 @@ def forward(
     part_acc = torch.empty((count, branches, padded_dim), device=device)
     for of in branch_groups(branches):
         pool_block[(count,)](
-            features, weights, biases, w[of], w_bias[of], mask, scores[:, of],
-            part_m[:, of], part_l[:, of], part_acc[:, of],
-            k, padded_dim, w.shape[1], of.stop - of.start, branches, seed, first_tile, p,
-            DROPOUT=dropout is not None, BRANCHES=1 if branches == 1 else MANY_BRANCHES,
-            BLOCK_K=blocks.tiles, BLOCK_L=blocks.gate, BLOCK_D=blocks.dim,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+            features,
+            weights,
+            biases,
+            w[of],
+            w_bias[of],
+            mask,
+            scores[:, of],
+            part_m[:, of],
+            part_l[:, of],
+            part_acc[:, of],
+            k,
+            padded_dim,
+            w.shape[1],
+            of.stop - of.start,
+            branches,
+            seed,
+            first_tile,
+            p,
+            DROPOUT=dropout is not None,
+            BRANCHES=1 if branches == 1 else MANY_BRANCHES,
+            BLOCK_K=blocks.tiles,
+            BLOCK_L=blocks.gate,
+            BLOCK_D=blocks.dim,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
     return scores, merge_partials(Partial(part_m, part_l, part_acc[:, :, :dim]))

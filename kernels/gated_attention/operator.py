@@ -56,9 +56,18 @@ def gated_attention(
         biases = torch.cat([gate.v_bias, gate.u_bias])
     p, seed, first_tile = dropout or (0.0, 0, 0)
     scores, m, l, acc = torch.ops.slidescale.gated_attention(
-        features.contiguous(), weights, biases, gate.w_weight.contiguous(), gate.w_bias.contiguous(), mask,
-        p, seed, first_tile, dtype, kernels,
-    )  # fmt: skip
+        features.contiguous(),
+        weights,
+        biases,
+        gate.w_weight.contiguous(),
+        gate.w_bias.contiguous(),
+        mask,
+        p,
+        seed,
+        first_tile,
+        dtype,
+        kernels,
+    )
     return Attended(scores, Partial(m.detach(), l, acc))
 
 
@@ -132,9 +141,18 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    features: Tensor, weights: Tensor, biases: Tensor, w_weight: Tensor, w_bias: Tensor, mask: Tensor | None, p: float,
-    seed: int, first_tile: int, dtype: torch.dtype, kernels: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    features: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    w_weight: Tensor,
+    w_bias: Tensor,
+    mask: Tensor | None,
+    p: float,
+    seed: int,
+    first_tile: int,
+    dtype: torch.dtype,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (k, dim), branches = features.shape, len(w_weight)
     shapes = ((k, branches), (branches,), (branches,), (branches, dim))
     accumulation = torch.promote_types(dtype, torch.float32)
@@ -181,9 +199,21 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_scores: Tensor, grad_l: Tensor, grad_acc: Tensor, features: Tensor, weights: Tensor, biases: Tensor,
-    w_weight: Tensor, scores: Tensor, m: Tensor, p: float, seed: int, first_tile: int, dtype: torch.dtype, kernels: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_scores: Tensor,
+    grad_l: Tensor,
+    grad_acc: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    w_weight: Tensor,
+    scores: Tensor,
+    m: Tensor,
+    p: float,
+    seed: int,
+    first_tile: int,
+    dtype: torch.dtype,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty_like
     return like(features), like(weights), like(biases), like(w_weight), scores.new_empty(len(w_weight))
 
@@ -215,8 +245,15 @@ def _count_flops(features: Any, weights: Any, biases: Any, w_weight: Any, *_: An
 
 @register_flop_formula(torch.ops.slidescale.gated_attention_backward)
 def _count_backward_flops(
-    grad_scores: Any, grad_l: Any, grad_acc: Any, features: Any, weights: Any, biases: Any, w_weight: Any, *_: Any,
+    grad_scores: Any,
+    grad_l: Any,
+    grad_acc: Any,
+    features: Any,
+    weights: Any,
+    biases: Any,
+    w_weight: Any,
+    *_: Any,
     **__: Any,
-) -> int:  # fmt: skip
+) -> int:
     (k, dim), width, branches = features, weights[0] // 2, w_weight[0]
     return 2 * k * (3 * 2 * width * dim + branches * (2 * width + 2 * dim))

@@ -25,13 +25,25 @@ from slidescale.kernels.variant import POINTERS, Variant
 
 # Dtypes of the features and of the gate's matrix products; they differ under autocast.
 DTYPES = [
-    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
-]  # fmt: skip
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
 SCALARS = {
-    "k": "i64", "first": "i64", "end": "i64", "dim": "i32", "gate_dim": "i32", "branches": "i32", "stride": "i32",
-    "seed": "i64", "first_tile": "i64", "drop": "fp32", "split_tiles": "i32",
-}  # fmt: skip
+    "k": "i64",
+    "first": "i64",
+    "end": "i64",
+    "dim": "i32",
+    "gate_dim": "i32",
+    "branches": "i32",
+    "stride": "i32",
+    "seed": "i64",
+    "first_tile": "i64",
+    "drop": "fp32",
+    "split_tiles": "i32",
+}
 
 
 def variants() -> Iterator[Variant]:

@@ -39,9 +39,19 @@ BLOCKS = {
 # What is read value by value may begin anywhere, and a height of 1, as where nothing is turned, is not compiled in.
 @triton.jit(do_not_specialize=["height"], do_not_specialize_on_alignment=["mean", "std", "symmetry", "colour"])
 def prepare_patch(
-    out, tiles, mean, std, symmetry, colour, height: tl.int32, row_values: tl.int32,
-    HAS_SYMMETRY: tl.constexpr, HAS_COLOUR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
-):  # fmt: skip
+    out,
+    tiles,
+    mean,
+    std,
+    symmetry,
+    colour,
+    height: tl.int32,
+    row_values: tl.int32,
+    HAS_SYMMETRY: tl.constexpr,
+    HAS_COLOUR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+):
     """A patch of one tile of `out` `[n, H, W, 3]`; the other arguments as in `reference.py`.
 
     `row_values` is 3 W. Addresses are int64 from tile to tile, and int32 inside of one.
@@ -110,12 +120,21 @@ def write_prepared(
     programs = n * triton.cdiv(height, blocks.rows) * triton.cdiv(3 * width, blocks.values)
     with torch.cuda.device_of(tiles):
         prepare_patch[(programs,)](
-            out, tiles, mean.float().contiguous(), std.float().contiguous(),
+            out,
+            tiles,
+            mean.float().contiguous(),
+            std.float().contiguous(),
             symmetry if symmetry is None else symmetry.to(torch.uint8).contiguous(),
-            colour if colour is None else colour.contiguous(), height, 3 * width,
-            HAS_SYMMETRY=symmetry is not None, HAS_COLOUR=colour is not None,
-            BLOCK_ROWS=blocks.rows, BLOCK_VALUES=blocks.values, num_warps=blocks.warps, num_stages=STAGES,
-        )  # fmt: skip
+            colour if colour is None else colour.contiguous(),
+            height,
+            3 * width,
+            HAS_SYMMETRY=symmetry is not None,
+            HAS_COLOUR=colour is not None,
+            BLOCK_ROWS=blocks.rows,
+            BLOCK_VALUES=blocks.values,
+            num_warps=blocks.warps,
+            num_stages=STAGES,
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -123,8 +142,11 @@ def variants() -> Iterator[Variant]:
     for dtype, (turned, recoloured), aligned in product(POINTERS, BLOCKS, (True, False)):
         blocks = BLOCKS[turned, recoloured]
         constexprs: dict[str, Any] = {
-            "HAS_SYMMETRY": turned, "HAS_COLOUR": recoloured, "BLOCK_ROWS": blocks.rows, "BLOCK_VALUES": blocks.values,
-        }  # fmt: skip
+            "HAS_SYMMETRY": turned,
+            "HAS_COLOUR": recoloured,
+            "BLOCK_ROWS": blocks.rows,
+            "BLOCK_VALUES": blocks.values,
+        }
         # As at a launch, an argument that is None is compiled in.
         constexprs |= {} if turned else {"symmetry": None}
         constexprs |= {} if recoloured else {"colour": None}

@@ -1,0 +1,1 @@
+"""A measurement, and what it is compared with."""

@@ -1,0 +1,1 @@
+"""A model of steps on many GPUs."""

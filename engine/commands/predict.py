@@ -1,0 +1,358 @@
+"""`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from slidescale.engine.commands.trained import Precision, TrainedRun, load_run
+from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
+from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
+from slidescale.engine.errors import ConfigError, SlideError, UserError
+from slidescale.engine.evaluation.attention import write_attention
+from slidescale.engine.evaluation.intervals import report
+from slidescale.engine.evaluation.predictions import run_model
+from slidescale.engine.evaluation.report import (
+    Judged,
+    draw_figures,
+    output_cells,
+    output_columns,
+    output_words,
+    write_metrics,
+)
+from slidescale.engine.files import check_output, write_csv
+from slidescale.engine.logger import Meter
+from slidescale.engine.memory.planner import CHUNK_CAP
+from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.process import stopping
+from slidescale.engine.training.run_slides import known_splits
+from slidescale.engine.training.weights import WEIGHTS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How a trained model is run."""
+
+    weights: Path | None = None
+    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
+    precision: Precision = "fp32"
+    """Arithmetic of matrix products. In full fp32 a slide's probability does not depend on ranks or chunks (to 1e-5);
+    bf16, which training and its predictions.csv use where the processor has it, is faster and rounds to 1 part in 256
+    at each layer, differently for each way of cutting a slide."""
+    chunk: int | None = None
+    """Tiles that go through the encoder at once; by default 128 on a GPU, 16 on a CPU."""
+    readers: int = 2
+    """Threads a rank that read tiles."""
+    default_mpp_um: float | None = None
+    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none, or one that cannot
+    be; by default as in the run."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError(f"--chunk is {self.chunk}: must be at least 1 tile")
+        if self.readers < 1:
+            raise ConfigError(f"--readers is {self.readers}: must be at least 1 thread")
+        if self.default_mpp_um is not None and not self.default_mpp_um > 0:
+            raise ConfigError(f"--default-mpp-um is {self.default_mpp_um}: must be a positive number of µm a pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest(ComputeSettings):
+    """Predict slides with the best epoch of a trained run.
+
+    Under torchrun or deepspeed, ranks share each slide's tiles. A slide that cannot be predicted is told of, the others
+    are written, and the command fails.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, such as runs/egfr."""
+    slides: tuple[Path, ...] = ()
+    """Slide files; a slide's name is its file's, without the ending."""
+    manifest: Path | None = None
+    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder, and
+    mpp_um where a file states no resolution or a wrong one. With the run's label columns too, and case_id for intervals
+    over patients, there are metrics and figures of the slides that have a label, beside --out."""
+    out: Path = Path("predictions.csv")
+    """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
+    two, or of each of more), k (tiles used)."""
+    heatmaps: Path | None = None
+    """Folder for each slide's attention, as `slidescale heatmap` writes it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        super().__post_init__()
+        if bool(self.slides) == (self.manifest is not None):
+            raise ConfigError("name the slides, either by --slides or by --manifest")
+
+
+class SlidePrediction(NamedTuple):
+    """What `Objective.predict` says `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1."""
+
+    file: NamedFile
+    tiling: Tiling
+    output: np.ndarray
+    weights: np.ndarray
+
+
+class Failure(NamedTuple):
+    """A slide that cannot be predicted, and why."""
+
+    file: NamedFile
+    reason: str
+
+
+class Predictor:
+    """A trained run, and the ranks that share its work, each with the whole model.
+
+    Args:
+        mesh: of one tile group.
+        device: of this rank, where the model is.
+    """
+
+    def __init__(self, run: TrainedRun, settings: ComputeSettings, mesh: Mesh, device: torch.device) -> None:
+        self.run = run
+        self.mesh = mesh
+        self._device = device
+        self._chunk = settings.chunk or CHUNK_CAP[device.type]
+        self._readers = settings.readers
+        data = run.config.data
+        self.spec = TileSpec(
+            tile_px=data.tile_px,
+            mpp_um=data.mpp_um,
+            min_tissue=data.min_tissue,
+            default_mpp_um=settings.default_mpp_um or data.default_mpp_um,
+        )
+
+    def predict(self, files: Sequence[NamedFile]) -> Iterator[SlidePrediction | Failure]:
+        """Each slide's prediction, or why there is none, alike on every rank, which takes them all."""
+        tilings: dict[str, Tiling] = {}
+        for file, found in zip(files, self._tile(files), strict=True):
+            if isinstance(found, Tiling):
+                tilings[file.slide_id] = found
+                for doubt in found.doubts:
+                    log.warning("%s", doubt)
+            else:
+                yield Failure(file, found)
+        reader = TileReader(self.spec, threads=self._readers, pin=self._device.type == "cuda")
+        try:
+            rows = [file for file in files if file.slide_id in tilings]
+            for output in run_model(
+                self.run.model, rows, tilings, reader, self.mesh, self._chunk, self._device, "predicting"
+            ):
+                faults = [fault for fault in self.mesh.world.gather_objects(output.fault) if fault is not None]
+                answer = self.run.objective.predict(output.logits).cpu().numpy()
+                if faults:
+                    yield Failure(output.row, faults[0].reason)
+                elif not np.isfinite(answer).all():
+                    yield Failure(output.row, f"the model's answer is not finite: {answer}")
+                else:
+                    yield SlidePrediction(output.row, tilings[output.row.slide_id], answer, output.weights)
+        finally:
+            reader.close()
+
+    def says(self, answer: SlidePrediction) -> str:
+        """What is predicted of a slide, in words."""
+        return output_words(self.run.config.data.supervision, self.run.classes, answer.output)
+
+    def open(self, file: NamedFile) -> Slide:
+        """Open a slide as its tiles are read."""
+        return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
+
+    def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
+        """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
+        world = self.mesh.world
+        meter = Meter("finding tissue", len(files), "slide", main=world.rank == 0)
+        with ThreadPoolExecutor(self._readers) as pool:
+            found = pool.map(partial(_try_tiling, spec=self.spec), files[world.rank :: world.size])
+            mine = list(meter.count(found, world.size))
+        parts = world.gather_objects(mine)
+        return [parts[index % world.size][index // world.size] for index in range(len(files))]
+
+
+def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
+    """Load a run on this process's device, and meet the other ranks if a launcher has started some.
+
+    Raises:
+        UserError: see `load_run`, `check_launcher` and `start_world`.
+    """
+    check_launcher()
+    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    run = load_run(folder, device, settings.precision, settings.weights)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Predictor(run, settings, Mesh(), device)
+    start_world(device)
+    return Predictor(run, settings, make_mesh(device, "all"), device)
+
+
+def predict_slides(request: PredictRequest) -> None:
+    """Predict slides and write a table, and metrics and figures where the manifest has labels; the main rank writes.
+
+    Raises:
+        UserError: the run, the list of slides or the place to write to cannot be used, or some slides could not be
+            predicted, which are named; the others are written by then.
+    """
+    predict_with(start_predictor(request.run, request), request)
+
+
+def predict_with(predictor: Predictor, request: PredictRequest) -> None:
+    """As `predict_slides`, with a run that is loaded; every rank calls it.
+
+    Raises:
+        UserError: as there.
+    """
+    run, data, world = predictor.run, predictor.run.config.data, predictor.mesh.world
+    supervision, labels = data.supervision, None
+    if request.manifest is None:
+        files = name_files(request.slides)
+    else:
+        files = read_files(request.manifest, data)
+        labels = read_labels(request.manifest, data, run.classes)
+    log.info("%d slides, by epoch %d of %s, %s", len(files), run.epoch, run.folder, request.precision)
+    if isinstance(labels, str):
+        log.warning("predictions without metrics: %s", labels)
+    elif labels is not None and labels.without:
+        log.warning("metrics without the slides that are not labelled: %s", labels.without)
+    seen = labels.seen if isinstance(labels, Labels) else 0
+    if own := world.ask_main(lambda: known_splits(run.folder, files)):
+        log.warning(
+            "of these slides, %s of this run itself: what it says of them is no evidence for others",
+            " and ".join(f"{count} are in split {split}" for split, count in sorted(own.items())),
+        )
+        seen = max(seen, own["train"] + own["val"])
+    elif seen:
+        log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
+    header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
+    rows: dict[str, tuple[object, ...]] = {}
+    outputs: dict[str, np.ndarray] = {}
+    failures: list[Failure] = []
+
+    def write_table() -> None:
+        write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
+
+    _write(request.out, partial(_check_places, request, files), world)
+    _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
+    stopping.note(f"before the first of {len(files)} slides", "give the same command again")
+    for number, answer in enumerate(predictor.predict(files), start=1):
+        stopping.note(f"after {number} of {len(files)} slides", f"{request.out} has those that were predicted")
+        if isinstance(answer, Failure):
+            failures.append(answer)
+            log.warning("%s: %s", answer.file.slide_id, answer.reason)
+            continue
+        name = answer.file.slide_id
+        shown = output_cells(supervision, run.classes, answer.output)
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
+        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
+        _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
+        if request.heatmaps is not None and world.rank == 0:
+            try:
+                with predictor.open(answer.file) as slide:
+                    write_attention(
+                        request.heatmaps,
+                        name,
+                        slide,
+                        answer.tiling,
+                        answer.weights,
+                        model=run.title,
+                        says=predictor.says(answer),
+                    )
+            except (SlideError, OSError) as error:  # it is predicted all the same; only its picture is missing
+                failures.append(Failure(answer.file, f"no heatmap: {error}"))
+                log.warning("%s: no heatmap: %s", name, error)
+    log.info("%d predictions in %s", len(outputs), request.out)
+    judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
+    if isinstance(labels, Labels) and judgeable:
+        judged = Judged(
+            supervision,
+            np.array([labels.targets[name] for name in judgeable]),
+            np.stack([outputs[name] for name in judgeable]),
+            [labels.cases[name] for name in judgeable],
+            run.classes,
+        )
+        _write(request.out, partial(_write_metrics, request.out, judged, seen), world)
+    failures = world.gather_objects(failures)[0]
+    if failures:
+        reasons = "\n".join(f"  {file.slide_id}: {reason}" for file, reason in failures)
+        raise UserError(f"{len(failures)} of {len(files)} slides failed:\n{reasons}")
+
+
+def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
+    """Let the main rank write, and every rank hear when it cannot.
+
+    Raises:
+        UserError: it cannot.
+    """
+
+    def attempt() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from None
+
+    world.ask_main(attempt)
+
+
+def _metrics_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_metrics.json")
+
+
+def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
+    """Refuse to write over inputs, and over what is somebody else's.
+
+    Raises:
+        OSError: says what is there.
+    """
+    inputs = [file.path for file in files] + [request.run / name for name in ("config.json", WEIGHTS)]
+    inputs += [path for path in (request.manifest, request.weights) if path is not None]
+    check_output(request.out, inputs, begins=b"slide_id,path,")
+    check_output(_metrics_of(request.out), inputs, begins=b'{\n  "split": "external"')
+    if request.heatmaps is not None:
+        request.heatmaps.mkdir(parents=True, exist_ok=True)
+
+
+def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
+    """Metrics and figures beside the table."""
+    path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
+    found = report(*judged)
+    write_metrics(path, found, "external", seen=seen)
+    draw_figures(folder, judged, "predicted", found)
+    of = "" if found.positive_class is None else f" of {found.positive_class}"
+    patients = len(set(judged.cases))
+    log.info("%s%s, of %d slides of %d patients; more in %s and %s", found, of, found.count, patients, path, folder)
+
+
+def name_files(paths: Sequence[Path]) -> list[NamedFile]:
+    """Slides called as their files are, without the ending.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    counts = Counter(path.stem for path in paths)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(
+            f"--slides: several files are called {', '.join(repeated)}; give them names in a --manifest with the "
+            "columns slide_id and path"
+        )
+    return [NamedFile(path.stem, path) for path in paths]
+
+
+def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
+    try:
+        with Slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
+            return tile_slide(slide, spec)
+    except SlideError as error:
+        return str(error)

@@ -1,0 +1,230 @@
+"""Evaluation: whole slides, all tissue tiles, streamed through the encoder a chunk at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slidescale.engine.data.bag import places
+from slidescale.engine.data.cohort import Cohort, Fault, fault_of
+from slidescale.engine.data.manifest import Manifest, ManifestRow
+from slidescale.engine.data.prefetch import CHUNKS_AHEAD, TileReader, TileRequest
+from slidescale.engine.data.tiling import Tiling
+from slidescale.engine.errors import SlideError, TrainingError
+from slidescale.engine.evaluation.metrics import HEADLINES, SHOWN, measure
+from slidescale.engine.logger import Meter
+from slidescale.engine.memory.two_pass import Chunks, encode
+from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.supervision.objective import Objective
+
+
+class SlideFile(Protocol):
+    """What predicting a slide takes, beside its tiling: its name, where it is, and its scale."""
+
+    @property
+    def slide_id(self) -> str:
+        """Unique."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+
+    @property
+    def mpp_um(self) -> float | None:
+        """Level-0 resolution in place of what the file states."""
+
+
+File = TypeVar("File", bound=SlideFile)
+
+
+@dataclass(frozen=True)
+class Output(Generic[File]):
+    """What the model says of a slide, while the other tile groups have taken others.
+
+    Attributes:
+        row: the slide.
+        logits: `[classes]`, equal on every rank of the tile group.
+        weights: `[N]`, of each of the slide's tiles, on the CPU.
+        fault: where this rank could not read its tiles; logits and weights of the slide mean nothing then, on any
+            rank, and it is for the caller to tell the others.
+        speaks: whether this rank is the one to pass the results on.
+    """
+
+    row: File
+    logits: Tensor
+    weights: np.ndarray
+    fault: Fault | None
+    speaks: bool
+
+
+class Prediction(NamedTuple):
+    """Of one slide: what `Objective.predict` says `[O]`, loss, and the weight of each of its N tiles `[N]`."""
+
+    row: ManifestRow
+    output: np.ndarray
+    loss: float
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The predictions of a split, and what they amount to.
+
+    Attributes:
+        loss: mean over slides; None without slides.
+        headline: name of the metric that tells the best epoch.
+        metrics: all of the supervision's (see `metrics.measure`), None where they are undefined, as the AUROC is when
+            a class has no slide; empty without slides.
+    """
+
+    predictions: list[Prediction]
+    loss: float | None
+    headline: str
+    metrics: dict[str, float | None]
+
+    @property
+    def score(self) -> tuple[float, ...]:
+        """What "best" means, larger is better: the headline metric where there is one, and then the loss."""
+        if self.loss is None:
+            return ()
+        value = self.metrics[self.headline]
+        return (0.0 if value is None else value, -self.loss)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`[slides, T]`, as `ManifestRow.target` has them."""
+        return np.array([prediction.row.target for prediction in self.predictions])
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """`[slides, O]`."""
+        return np.stack([prediction.output for prediction in self.predictions])
+
+    def __str__(self) -> str:
+        if self.loss is None:
+            return "(no slides)"
+        value = self.metrics[self.headline]
+        name = SHOWN.get(self.headline, self.headline)
+        return f"loss {self.loss:.3f} {name} {'undefined' if value is None else f'{value:.3f}'}"
+
+
+def evaluate(
+    model: SlideModel,
+    rows: list[ManifestRow],
+    cohort: Cohort,
+    reader: TileReader,
+    objective: Objective,
+    mesh: Mesh,
+    chunk: int,
+    device: torch.device,
+    what: str = "validating",
+) -> Evaluation:
+    """Predict slides, each tile group its own; a slide that cannot be read is set aside, on every rank.
+
+    Args:
+        chunk: tiles that a rank encodes at once.
+        what: is being done, for the log.
+
+    Raises:
+        TrainingError: a loss is not finite; names the slide.
+    """
+    predictions: dict[str, Prediction] = {}
+    for output in run_model(model, rows, cohort.tilings, reader, mesh, chunk, device, what):
+        cohort.exclude_faults(output.fault)
+        row, logits = output.row, output.logits
+        with torch.no_grad():
+            target = torch.tensor(row.target, dtype=torch.float64, device=logits.device)
+            loss = objective(logits, target).item()
+        mine = Prediction(row, objective.predict(logits).cpu().numpy(), loss, output.weights)
+        for prediction in mesh.world.gather_objects(mine if output.speaks else None):
+            if prediction is None or prediction.row.slide_id in cohort.excluded:
+                continue
+            slide_id = prediction.row.slide_id
+            if not math.isfinite(prediction.loss):
+                raise TrainingError(
+                    f"slide {slide_id}: the loss in validation is {prediction.loss}; the last checkpoint is kept"
+                )
+            predictions[slide_id] = prediction
+    return _sum_up(list(predictions.values()), cohort.manifest)
+
+
+def run_model(
+    model: SlideModel,
+    rows: Sequence[File],
+    tilings: dict[str, Tiling],
+    reader: TileReader,
+    mesh: Mesh,
+    chunk: int,
+    device: torch.device,
+    what: str,
+) -> Iterator[Output[File]]:
+    """Encode and aggregate whole slides, each tile group its own; every rank takes every output.
+
+    Args:
+        tilings: of every row, by its slide_id.
+        chunk: tiles that a rank encodes at once.
+        what: is being done, for the log.
+    """
+    model.eval()
+    rounds = [_Round(rows[at : at + mesh.slides], tilings, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
+    readings = reader.ahead((request for each in rounds for request in each.requests()), CHUNKS_AHEAD)
+    meter, done = Meter(what, sum(each.tiles for each in rounds), "tile", main=mesh.world.rank == 0), 0
+    try:
+        for each in rounds:
+            features: list[Tensor] = []
+            fault: Fault | None = None
+            for index in range(each.count):
+                reading = next(readings)
+                try:
+                    tiles = reading.wait()
+                except SlideError as error:
+                    # Encode blanks, to stay in step with the ranks that could read theirs; the slide is dropped later.
+                    tiles, fault = torch.zeros_like(reading.tiles), fault_of(each.row.slide_id, error)
+                chunks = Chunks(tiles.to(device, non_blocking=True), chunk, count=1, seed=0, offset=0)
+                features.append(encode(model, chunks).features)
+                # All ranks are about as far as this one.
+                meter.reach(done + each.tiles * (index + 1) // each.count)
+            done += each.tiles
+            with torch.no_grad():
+                logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
+            # The first rank of a tile group speaks; where there are fewer slides than groups, the others are silent.
+            speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
+            yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+    finally:
+        meter.close()
+
+
+class _Round(Generic[File]):
+    """Slides that the tile groups predict side by side; a group without one does as if it had the first."""
+
+    def __init__(self, rows: Sequence[File], tilings: dict[str, Tiling], mesh: Mesh, chunk: int) -> None:
+        self.rows = rows
+        self.row = rows[mesh.slide] if mesh.slide < len(rows) else rows[0]
+        self.tiles = sum(len(tilings[row.slide_id].coords) for row in rows)
+        # Every rank of the world makes as many encoder calls as the fullest one.
+        self.count = max(mesh.tiles.chunk_count(len(tilings[row.slide_id].coords), chunk) for row in rows)
+        tiling = tilings[self.row.slide_id]
+        self.places = places(tiling.coords, tiling.side_px)
+        self._mine = tiling.coords[mesh.tiles.share(len(tiling.coords))]
+        self._chunk = chunk
+
+    def requests(self) -> Iterator[TileRequest]:
+        """This rank's tiles, a chunk at a time; empty requests where other ranks have more."""
+        for index in range(self.count):
+            part = slice(index * self._chunk, (index + 1) * self._chunk)
+            yield TileRequest(self.row.path, self._mine[part], self.row.mpp_um)
+
+
+def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:
+    kind = manifest.supervision
+    if not predictions:
+        return Evaluation([], None, HEADLINES[kind], {})
+    loss = float(np.mean([prediction.loss for prediction in predictions]))
+    found = Evaluation(predictions, loss, HEADLINES[kind], {})
+    return replace(found, metrics=measure(kind, found.targets, found.outputs, manifest.classes))

@@ -1,0 +1,1 @@
+"""The loop of one run, and what it leaves in its folder."""
