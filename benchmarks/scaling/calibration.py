@@ -64,6 +64,7 @@ def calibrate(cell: Cell, *, slides: dict[int, Path], limits: Limits, log: Path)
     """
     result = log.with_suffix(".json")
     words = [
+        "-m",
         "scaling.calibration",
         json.dumps(cell.as_dict()),
         json.dumps({side: str(path) for side, path in slides.items()}),
