@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import norm
 
 from slidescale.engine.evaluation import intervals
-from slidescale.engine.evaluation.intervals import report
+from slidescale.engine.evaluation.intervals import estimate
 from slidescale.engine.markdown import table
 
 from page import write_section
@@ -86,7 +86,7 @@ def covers(setting: Setting, cohorts: int, resamples: int, methods: Sequence[str
         found = {}
         for method in methods:
             cases = range(len(patient)) if method == "slides one by one" else patient
-            ask = partial(report, "classes", targets, outputs, list(map(str, cases)), NAMES, resamples=resamples)
+            ask = partial(estimate, "classes", targets, outputs, list(map(str, cases)), NAMES, resamples=resamples)
             if method == "percentiles":
                 with percentiles():
                     values = ask().values

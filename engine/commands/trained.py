@@ -15,7 +15,8 @@ from slidescale.engine.config import Config, flatten
 from slidescale.engine.errors import ConfigError, UserError, near
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.supervision.objective import Objective, make_objective
+from slidescale.engine.supervision.make import make_objective
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import epoch_name
 from slidescale.engine.training.frozen import fingerprint
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
