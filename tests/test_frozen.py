@@ -29,7 +29,7 @@ from slidescale.engine.data.bag import draw_bag, epoch_order
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import ManifestRow, read_manifest
 from slidescale.engine.data.prefetch import TileRequest
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.memory.footprint import measure
@@ -111,7 +111,7 @@ def kept(out: Path) -> dict[str, Path]:
 
 
 def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
-    with Slide(row.path) as slide:
+    with open_slide(row.path) as slide:
         return torch.from_numpy(np.stack([slide.read(int(x), int(y), (64, 64), 0.5) for x, y in tiling.coords]))
 
 
