@@ -153,7 +153,9 @@ def test_another_reader_gives_the_same_slide(tmp_path: Path) -> None:
 
 def test_one_file_imports_openslide() -> None:
     engine = Path(__file__).parent.parent / "engine"
-    having = [path for path in engine.rglob("*.py") if re.search(r"^\s*(import|from) openslide\b", path.read_text(), re.M)]
+    having = [
+        path for path in engine.rglob("*.py") if re.search(r"^\s*(import|from) openslide\b", path.read_text(), re.M)
+    ]
     assert having == [engine / "data" / "openslide.py"]
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import GivenFeatures
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.process.substitute import substitute
 
 # Attention on a CPU, which PyTorch's counter leaves out.
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
@@ -330,10 +330,8 @@ def _fake(make: Callable[[], SlideModel], device: str) -> Iterator[SlideModel]:
     with contextlib.ExitStack() as stack:
         if device == "cuda" and not torch.cuda.is_available():
             # autocast turns itself off where there is no GPU; nothing here runs on one.
-            stack.enter_context(
-                mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
-            )
-            stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
+            stack.enter_context(substitute(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
+            stack.enter_context(substitute(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device=_fake_device(device))
         for parameter in model.parameters():

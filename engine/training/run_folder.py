@@ -1,11 +1,8 @@
 """The folder of a run: where it is, and what it records of how it was made."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from slidescale.engine.errors import UserError
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
+from slidescale.engine.training.provenance import provenance
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
@@ -135,24 +133,6 @@ def record_run(
         "classes": classes,
         "objective": objective.record(),
         "frozen_encoder": frozen_encoder,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
+        **provenance(),
     }
     write_json(folder / "config.json", record)
-
-
-def git_commit() -> str | None:
-    """The commit of the code, marked when files differ from it; None when the code is not in a git checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
