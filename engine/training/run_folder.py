@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import UserError, near
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
@@ -88,21 +88,29 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `record_run` wrote.
+def read_record(folder: Path, *needed: str) -> dict[str, Any]:
+    """Read what `record_run` wrote.
+
+    Args:
+        needed: names that must be in it, beside those that every version has written.
 
     Raises:
-        UserError: config.json is missing or damaged.
+        UserError: there is no such run, or its config.json is missing, damaged or without what is needed.
     """
+    if not folder.is_dir():
+        runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
+        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record["config"], dict):
             raise TypeError("its settings are not a table")
         record["classes"] = tuple(record["classes"])
-        return record
+        return record | {name: record[name] for name in needed}
     except FileNotFoundError:
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json") from None
+        runs = sorted(str(found.parent) for found in folder.glob("*/config.json"))
+        hint = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
