@@ -103,6 +103,7 @@ def estimate(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    percentiles: bool = False,
 ) -> Estimates:
     """Metrics of a cohort as in `measure`, with 95% intervals from a bootstrap over patients.
 
@@ -123,6 +124,7 @@ def estimate(
         cases: the patient of each slide.
         resamples: of the patients.
         seed: of the draws.
+        percentiles: whether the intervals of all metrics are percentiles of the resamples, to compare with.
 
     Returns:
         A metric has no interval when a class that it needs has fewer than five patients (a label: with it, or without
@@ -153,7 +155,9 @@ def estimate(
         value, whole = known(metric.values[0]), metric.step == "whole"
         fewest = min((len(np.unique(patient[group])) for group in metric.needs), default=0)
         has_interval = value is not None and not whole and fewest >= LEAST_PATIENTS
-        low, high = _interval(metric, drawn[name], len(patients)) if has_interval else (None, None)
+        low, high = (
+            _interval(metric, drawn[name], len(patients), percentiles=percentiles) if has_interval else (None, None)
+        )
         estimates[name] = Estimate(value, low, high, whole)
     together: Estimates | str | None = None
     if len(patients) < len(targets):
@@ -162,7 +166,7 @@ def estimate(
         except ValueError as error:
             together = f"no metrics per patient: {error}"
         else:
-            together = estimate(kind, *of_patients, names, resamples=resamples, seed=seed)
+            together = estimate(kind, *of_patients, names, resamples=resamples, seed=seed, percentiles=percentiles)
     headline = supervision.headline
     return Estimates(
         estimates,
@@ -229,7 +233,9 @@ def describe(found: Estimates) -> str:
     return "\n".join(lines)
 
 
-def _interval(metric: Metric, drawn: list[np.ndarray], patients: int) -> tuple[float | None, float | None]:
+def _interval(
+    metric: Metric, drawn: list[np.ndarray], patients: int, *, percentiles: bool
+) -> tuple[float | None, float | None]:
     """The interval of a defined metric; see `estimate`.
 
     Args:
@@ -241,7 +247,7 @@ def _interval(metric: Metric, drawn: list[np.ndarray], patients: int) -> tuple[f
         return None, None
     if np.ptp(defined) <= 1e-12 * np.abs(defined).max():  # sums in another order may round differently
         return None, None
-    if metric.ends is None:
+    if metric.ends is None or percentiles:
         low, high = np.percentile(defined, (2.5, 97.5))
         return float(low), float(high)
     least, size = metric.ends[0], metric.ends[1] - metric.ends[0]
