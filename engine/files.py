@@ -44,12 +44,28 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(mode)  # safetensors makes a file of its own, which nobody else can read
         sync(unfinished)
-        unfinished.replace(path)
+        put_in_place(unfinished, path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a file, or a folder, that is complete and on disk its name; a file takes the place of an earlier one.
+
+    Where `replacing` does not do: for folders, and for what must not take its name before something else has happened.
+    """
+    unfinished.replace(path)
     sync(path.parent)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a symbolic link name what is beside it, at no moment naming nothing."""
+    unfinished = link.with_name(f".{link.name}")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    unfinished.symlink_to(target.name)
+    put_in_place(unfinished, link)
 
 
 def check_replaceable(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: everything a run needs to go on, written whole or not at all, and compared with checksums when read."""
 
 import logging
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.files import sync
+from slidescale.engine.files import point, put_in_place
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.strategies.strategy import Strategy, find_not_finite
 from slidescale.engine.training.checksums import CHECKSUMS, find_damage, read_signed, write_checksums, write_signed
@@ -88,11 +87,10 @@ class Checkpoints:
             self._write_progress(unfinished, progress, strategy.checkpoint_format)
             if target.exists():  # a damaged one, after which a resume went on from the one before
                 shutil.rmtree(target)
-            unfinished.rename(target)
-            sync(self.folder)
-            self._point("last", target)
+            put_in_place(unfinished, target)
+            point(self.folder / "last", target)
             if not (self.folder / "best").exists():  # the first one, until it is validated
-                self._point("best", target)
+                point(self.folder / "best", target)
             self._prune()
         self._world.barrier()
 
@@ -106,8 +104,8 @@ class Checkpoints:
         write_weights(strategy, self._unfinished_weights, metadata, main=self._world.rank == 0)
         if self._world.rank == 0:
             target = (self.folder / "last").resolve()
-            self._point("best", target)
-            self._name_weights()
+            point(self.folder / "best", target)
+            put_in_place(self._unfinished_weights, self._weights)
             self._write_progress(target, progress, strategy.checkpoint_format)
             self._prune()
         self._world.barrier()
@@ -142,9 +140,9 @@ class Checkpoints:
             progress, problem = self._try(strategy, folder)
             if progress is not None:
                 if name == "last" and self._world.rank == 0:
-                    self._point("last", folder)
+                    point(self.folder / "last", folder)
                     if not (self.folder / "best").exists():
-                        self._point("best", folder)
+                        point(self.folder / "best", folder)
                     self._prune()
                 self._world.barrier()
                 return progress
@@ -204,24 +202,12 @@ class Checkpoints:
         except (ValueError, KeyError):
             complete = False
         if complete:
-            self._name_weights()
+            put_in_place(self._unfinished_weights, self._weights)
         else:
             self._unfinished_weights.unlink()
 
-    def _name_weights(self) -> None:
-        self._unfinished_weights.replace(self._weights)
-        sync(self._weights.parent)
-
     def _write_progress(self, folder: Path, progress: Progress, written_format: str) -> None:
         write_signed(folder / PROGRESS, {"progress": asdict(progress), "format": written_format})
-
-    def _point(self, link: str, target: Path) -> None:
-        """Make `link` name `target`, at no moment naming nothing."""
-        unfinished = self.folder / f".{link}"
-        unfinished.unlink(missing_ok=True)
-        unfinished.symlink_to(target.name)
-        os.replace(unfinished, self.folder / link)
-        sync(self.folder)
 
     def _prune(self) -> None:
         """Remove all but the last checkpoints and those that links name, and what a kill has left half removed."""
