@@ -32,7 +32,8 @@ from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.memory.footprint import measure
-from slidescale.engine.memory.planner import Job, choose
+from slidescale.engine.memory.needs import Job
+from slidescale.engine.memory.planner import choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
@@ -434,8 +435,8 @@ def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
 def test_the_plan_counts_features_and_no_encoder() -> None:
     config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
     footprint = measure(
-        lambda: make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
-        tile_px=224,
+        make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
+        torch.empty(192),
         chunks=[1, 1024],
         bags=[1, 1000],
     )
