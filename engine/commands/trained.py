@@ -14,7 +14,8 @@ from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.supervision.objective import Objective, make_objective
+from slidescale.engine.supervision.make import make_objective
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import epoch_name
 from slidescale.engine.training.frozen import fingerprint
 from slidescale.engine.training.run_config import read_config

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from slidescale.engine.data.manifest import Manifest, ManifestRow, Split
+from slidescale.engine.data.manifest import Manifest, ManifestRow
+from slidescale.engine.data.records import Split
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, SlideUnavailableError, UserError
 from slidescale.engine.files import write_csv

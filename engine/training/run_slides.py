@@ -11,6 +11,7 @@ from typing import Any
 from slidescale.engine.data.manifest import Manifest, ManifestRow, NamedFile
 from slidescale.engine.errors import UserError
 from slidescale.engine.files import write_json
+from slidescale.engine.supervision.make import supervision_of
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +95,13 @@ def _describe(row: ManifestRow) -> dict[str, Any]:
 
 
 def _label(slide: dict[str, Any], manifest: Manifest) -> str:
-    """A target in words; classes by their names, which the manifest has in the recorded order."""
-    target = slide["target"]
-    if manifest.supervision == "classes" and target and target[0] in range(len(manifest.classes)):
-        return manifest.classes[int(target[0])]
-    return " ".join("missing" if value is None else str(value) for value in target)
+    """A target as predictions.csv has it; the manifest has its classes in the recorded order."""
+    kind = supervision_of(manifest.supervision)
+    target = tuple(math.nan if value is None else value for value in slide["target"])
+    try:
+        return " ".join(cell or "missing" for cell in kind.target_cells(manifest.classes, target))
+    except IndexError:  # somebody has edited the record
+        return str(slide["target"])
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
