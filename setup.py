@@ -43,6 +43,8 @@ setup(
         "imagecodecs>=2026.1",
         "scipy>=1.15",
         "tyro>=1.0,<2",
+        "tabulate>=0.9",
+        "dacite>=1.9,<2",
         "tqdm>=4.66",
         "matplotlib>=3.10",
     ],

@@ -12,10 +12,10 @@ import torch
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation.metrics import HEADLINES
