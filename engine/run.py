@@ -26,7 +26,7 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
 from slidescale.engine.strategies.ds_config import complete_ds_config
-from slidescale.engine.strategies.held import Holding
+from slidescale.engine.strategies.held import Holding, optimizer_of
 from slidescale.engine.strategies.make import make_strategy
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
@@ -301,8 +301,7 @@ def _plan(
     """
     k = max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
     footprint = measure_model(measured, reader.blank(1), config.memory, k=k, mesh=place.mesh)
-    named = (ds_config or {}).get("optimizer", {}).get("type", config.optim.optimizer)
-    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, str(named).lower())
+    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, optimizer_of(config.optim, ds_config))
     return plan_step(footprint, config.memory, holding, k=k, prefetch=config.data.prefetch, mesh=place.mesh)
 
 
