@@ -18,7 +18,6 @@ from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.usage import reset_peak
@@ -27,11 +26,12 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
 from slidescale.engine.strategies.ds_config import complete_ds_config
-from slidescale.engine.strategies.held import Holding
+from slidescale.engine.strategies.held import Holding, optimizer_of
 from slidescale.engine.strategies.make import make_strategy
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
-from slidescale.engine.supervision.objective import Objective, fit_objective, make_objective
+from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective, supervision_of
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.frozen import encode_cohort, fingerprint
@@ -65,12 +65,13 @@ def run(config: Config) -> Path:
     """
     note("before the first epoch", RESUME if config.resume else AGAIN)
     check_launcher()
+    check_settings(config.data, config.optim)
     place = choose_place(config)
     reset_peak(place.device)  # an earlier run's, of the same process
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     place = meet(config, place)
     manifest = manifest or _demo_manifest(config, place.mesh)
-    objective = _fit_objective(config, manifest)
+    objective = fit_objective(manifest.classes, [row.target for row in manifest.split("train")], config)
     choose_allocation(config, place.device)
     model = make_model(config, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels).to(place.device)
     describe_encoder(config, model.encoder)
@@ -119,32 +120,6 @@ def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
                 "file, or the hub's cache the same, on every machine"
             )
     return first
-
-
-def _fit_objective(config: Config, manifest: Manifest) -> Objective:
-    weights, names = config.optim.class_weights, manifest.classes
-    if weights:
-        if manifest.supervision not in ("classes", "multi_label"):
-            raise ConfigError(
-                f"--optim.class-weights is {weights}: is for --data.supervision classes and multi_label, and that is "
-                f"{manifest.supervision}"
-            )
-        if len(weights) != len(names):
-            what = "classes" if manifest.supervision == "classes" else "labels"
-            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
-    if config.optim.censored_alpha and manifest.supervision != "survival":
-        raise ConfigError(
-            f"--optim.censored-alpha is {config.optim.censored_alpha}: is for --data.supervision survival, and that is "
-            f"{manifest.supervision}"
-        )
-    return fit_objective(
-        manifest.supervision,
-        len(names),
-        [row.target for row in manifest.split("train")],
-        class_weights=weights,
-        survival_bins=config.data.survival_bins,
-        censored_alpha=config.optim.censored_alpha,
-    )
 
 
 def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
@@ -211,12 +186,9 @@ def _open_cohort(config: Config, place: Place, manifest: Manifest, folder: Path)
 
 
 def _describe(cohort: Cohort) -> None:
-    manifest, names = cohort.manifest, cohort.manifest.classes
-    if manifest.supervision == "classes":
-        of = f"those of {names[1]}" if len(names) == 2 else "of each, and the mean"
-        log.info(
-            "classes: %s (--data.classes gives another order); probabilities and AUROC are %s", ", ".join(names), of
-        )
+    manifest = cohort.manifest
+    if words := supervision_of(manifest.supervision).describe(manifest.classes):
+        log.info("%s", words)
     if not cohort.usable("val"):
         log.warning("no slide is in split 'val': no epoch can be chosen as the best, and the last one is kept")
     for split in ("train", "val", "test"):
@@ -329,8 +301,7 @@ def _plan(
     """
     k = max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
     footprint = measure_model(measured, reader.blank(1), config.memory, k=k, mesh=place.mesh)
-    named = (ds_config or {}).get("optimizer", {}).get("type", config.optim.optimizer)
-    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, str(named).lower())
+    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, optimizer_of(config.optim, ds_config))
     return plan_step(footprint, config.memory, holding, k=k, prefetch=config.data.prefetch, mesh=place.mesh)
 
 
@@ -377,11 +348,12 @@ def _train(
         step=progress.step,
         again=progress.unreported is not None and bool(progress.unreported.last_scalars),
     )
+    headline = supervision_of(config.data.supervision).headline
     run_log.hyperparameters(
         config.flat(),
         Config(run=RunConfig(name=config.run.name)).flat(),
-        best_names(config.data.supervision),
-        HEADLINES[config.data.supervision],
+        best_names(headline),
+        headline,
     )
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)

@@ -25,7 +25,7 @@ from slidescale.engine.strategies.ds_config import complete_ds_config
 from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import StrategyName, make_strategy
 from slidescale.engine.strategies.schedule import Schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.plan import make_offload, measure_model, plan_step
 from slidescale.engine.training.step import TrainStep
