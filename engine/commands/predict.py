@@ -1,7 +1,6 @@
 """`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from slidescale.engine.evaluation.report import (
 from slidescale.engine.files import check_output, write_csv
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
-from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import Mesh, check_launcher, join, pick_device
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process import stopping
 from slidescale.engine.training.run_slides import known_splits
@@ -188,15 +187,12 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
     """Load a run on this process's device, and meet the other ranks if a launcher has started some.
 
     Raises:
-        UserError: see `load_run`, `check_launcher` and `start_world`.
+        UserError: see `load_run` and `join`.
     """
     check_launcher()
-    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    device = pick_device()
     run = load_run(folder, device, settings.precision, settings.weights)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Predictor(run, settings, Mesh(), device)
-    start_world(device)
-    return Predictor(run, settings, make_mesh(device, "all"), device)
+    return Predictor(run, settings, join(device=device), device)
 
 
 def predict_slides(request: PredictRequest) -> None:

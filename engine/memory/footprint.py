@@ -314,8 +314,6 @@ def _foreign_bytes(model: SlideModel, aggregator: Curve, n: int) -> int:
     transformer = model.aggregator.transformer
     if transformer is None:
         return 0
-    if transformer.spread == "gathered":
-        return aggregator(n + 1) - aggregator(n)
     # Of each layer its keys and values are saved, in fp32 at most. In one layer at a time these have a gradient, of
     # which the gather's backward makes a padded copy.
     width = 2 * transformer.norm.normalized_shape[0] * 4

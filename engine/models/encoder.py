@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.models.custom import is_custom, make_custom
 from slidescale.engine.models.dropout import KeyedDropout, key_dropouts
 from slidescale.engine.models.foundation import (
     FOUNDATION_MODELS,
@@ -80,7 +81,8 @@ class Encoder(nn.Module):
         self.name = known[0] if known else name
         backbone = _create(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
-        turn_off_dropout(backbone, keep_paths=drop_path > 0)
+        if not is_custom(name):
+            turn_off_dropout(backbone, keep_paths=drop_path > 0)
         self.prefix_tokens: int | None = backbone.num_prefix_tokens if known and known[1].concatenates else None
         self.dim: int = try_network(backbone, name, tile_px, self._pool)
         data_config = timm.data.resolve_model_data_config(self.backbone)
@@ -165,6 +167,8 @@ class GivenFeatures(nn.Module):
 
 def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, drop_path: float) -> Any:
     """Build the timm model without its classifier."""
+    if is_custom(name):
+        return _create_custom(name, pretrained=pretrained, weights=weights, drop_path=drop_path)
     if pretrained and weights:
         raise ConfigError(f"model.pretrained and model.weights={weights} both name weights: choose one")
     if weights and not weights.is_file():
@@ -205,6 +209,26 @@ def _create(name: str, tile_px: int, *, pretrained: bool, weights: Path | None, 
         classifier = ("classifier.weight", "classifier.bias")
         state = packaged_weights()
         backbone.load_state_dict({key: state[key] for key in state if key not in classifier})
+    return backbone
+
+
+def _create_custom(name: str, *, pretrained: bool, weights: Path | None, drop_path: float) -> nn.Module:
+    """Make an encoder of the user's own."""
+    if pretrained:
+        raise ConfigError(
+            f"--model.pretrained: nothing is published for {name}; add --model.no-pretrained, and --model.weights FILE "
+            "where it has weights"
+        )
+    if drop_path:
+        raise ConfigError(f"--model.drop-path is {drop_path}: set stochastic depth in {name} itself, and this to 0")
+    backbone = make_custom("--model.encoder", name)
+    if weights:
+        if not weights.is_file():
+            raise ConfigError(f"model.weights: no file {weights}")
+        try:
+            backbone.load_state_dict(read_weight_file(weights, backbone.state_dict().keys()))
+        except RuntimeError as error:
+            raise ConfigError(f"model.encoder {name}: model.weights {weights} does not fit: {error}") from error
     return backbone
 
 

@@ -4,13 +4,16 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
-from slidescale.engine.config import Config
+from slidescale.engine.config import Config, ModelConfig
 from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.custom import make_custom
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.foundation import find_foundation_model
+from slidescale.engine.models.gathered import Gathered
 from slidescale.engine.models.packaged import PACKAGE, PACKAGED_ENCODER
-from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.models.slide_model import SlideModel, takes_places_and_group
 from slidescale.engine.seeding import seeded
 from slidescale.kernels.dispatch import KernelName
 
@@ -33,22 +36,28 @@ def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName)
             kernels=kernels,
         )
         encoder.set_checkpointing(config.memory.checkpoint_blocks)
-        aggregator = Aggregator(
-            encoder.dim,
-            classes,
-            pooling=settings.pooling,
-            hidden_dim=settings.hidden_dim,
-            attention_dim=settings.attention_dim,
-            attention_branches=settings.attention_branches,
-            attention_dropout=settings.attention_dropout,
-            dropout=settings.dropout,
-            slide_norm=settings.slide_norm,
-            transformer_layers=settings.transformer_layers,
-            transformer_heads=settings.transformer_heads,
-            transformer_spread=settings.transformer_spread,
-            kernels=kernels,
-        )
+        aggregator = _make_aggregator(settings, encoder.dim, classes, kernels)
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
+
+
+def _make_aggregator(settings: ModelConfig, dim: int, classes: int, kernels: KernelName) -> nn.Module:
+    if settings.aggregator is not None:
+        module = make_custom("--model.aggregator", settings.aggregator, dim, classes)
+        return module if takes_places_and_group(module) else Gathered(module)
+    return Aggregator(
+        dim,
+        classes,
+        pooling=settings.pooling,
+        hidden_dim=settings.hidden_dim,
+        attention_dim=settings.attention_dim,
+        attention_branches=settings.attention_branches,
+        attention_dropout=settings.attention_dropout,
+        dropout=settings.dropout,
+        slide_norm=settings.slide_norm,
+        transformer_layers=settings.transformer_layers,
+        transformer_heads=settings.transformer_heads,
+        kernels=kernels,
+    )
 
 
 def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:

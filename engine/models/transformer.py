@@ -11,15 +11,11 @@ pixels on the host do, and stay small beside them: 0.2 GB a layer in bf16 for 10
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slidescale.engine.config import SpreadName
-from slidescale.engine.models.dropout import redrawing
-from slidescale.engine.parallel.collectives import all_gather_rows
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 MLP_RATIO = 4
@@ -33,14 +29,9 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 class Transformer(nn.Module):
     """Pre-norm transformer layers over all tiles of a slide, and a final LayerNorm.
 
-    Over T ranks the layers spread in one of two ways, with equal results:
-
-    - "split": each rank transforms its own K/T tiles; only attention looks beyond them, at the gathered keys and
-      values of all (one gather a layer, of K rows of 2 · dim).
-    - "gathered": the tiles' features are gathered once (K rows of dim), every rank transforms all K, and takes back
-      its own: less traffic, T times the arithmetic and activations.
-
-    Each gather's backward sums over ranks, so the scaling rule of `parallel/tile_parallel.py` holds in both.
+    Over T ranks each transforms its own K/T tiles; only attention looks beyond them, at the gathered keys and values of
+    all (one gather a layer, of K rows of 2 · dim). The gather's backward sums over ranks, so the scaling rule of
+    `parallel/tile_parallel.py` holds.
 
     Args:
         dim: of the features; a multiple of 4 and of `heads`.
@@ -48,12 +39,10 @@ class Transformer(nn.Module):
         heads: of attention.
         dropout: probability, on the output of each attention and each MLP (Vaswani et al. 2017, sec. 5.4); attention
             weights are not dropped.
-        spread: "split" or "gathered".
     """
 
-    def __init__(self, dim: int, *, layers: int, heads: int, dropout: float, spread: SpreadName) -> None:
+    def __init__(self, dim: int, *, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.spread = spread
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, dropout) for _ in range(layers))
         self.norm = LayerNorm(dim)
 
@@ -72,18 +61,9 @@ class Transformer(nn.Module):
         # From the bag's own smallest x and y, so that the tissue's place on the glass does not matter.
         x = features + encode_position((coords - coords.amin(dim=0))[own], features.shape[1])
 
-        def gather(rows: Tensor) -> Tensor:
-            return _gather(rows, k, group)
-
-        if self.spread == "split":
-            for layer in self.layers:
-                x = layer(x, gather)
-            return self.norm(x)
-        x = gather(x)
-        with redrawing(first=0, count=k):
-            for layer in self.layers:
-                x = layer(x, _as_they_are)
-        return self.norm(x)[own]
+        for layer in self.layers:
+            x = layer(x, lambda rows: group.all_rows(rows, k))
+        return self.norm(x)
 
 
 class TransformerLayer(nn.Module):
@@ -164,18 +144,6 @@ def encode_position(coords: Tensor, dim: int) -> Tensor:
     exponents = torch.arange(dim // 4, device=coords.device, dtype=coords.dtype) / (dim // 4)
     angles = coords[:, :, None] * LONGEST**-exponents  # [K, 2, dim / 4]
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
-
-
-def _gather(rows: Tensor, k: int, group: TileGroup) -> Tensor:
-    """Each rank's share of K rows to all K, differentiably."""
-    if group.size == 1:
-        return rows
-    shares = [replace(group, rank=rank).share(k) for rank in range(group.size)]
-    return all_gather_rows(rows, [share.stop - share.start for share in shares], group.process_group)
-
-
-def _as_they_are(rows: Tensor) -> Tensor:
-    return rows
 
 
 def _heads_first(rows: Tensor, heads: int) -> Tensor:
