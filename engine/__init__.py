@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slidescale.engine.parallel.mesh import Mesh as Mesh
     from slidescale.engine.parallel.mesh import join as join
     from slidescale.engine.parallel.mesh import stop_world as stop_world
-    from slidescale.engine.run import run as train
+    from slidescale.engine.run import run as train  # noqa: F401
     from slidescale.engine.training.bags import Bag as Bag
 
 # The face, and where each name lives (after a colon, what it is called there): imported when it is asked for, for
@@ -40,7 +40,7 @@ _FACE = {
     "stop_world": "parallel.mesh",
     "train": "run:run",
 }
-__all__ = sorted(_FACE)  # noqa: PLE0605
+__all__ = sorted(_FACE)
 
 
 def __getattr__(name: str) -> Any:

@@ -168,7 +168,7 @@ class SlideStep:
 
     @property
     def train_step(self) -> TrainStep:
-        """What takes the steps, once there is a plan."""
+        """The training step, once there is a plan."""
         assert self._step is not None, "prepare, or follow a plan, first"
         return self._step
 

@@ -112,7 +112,7 @@ def run(config: Config) -> Path:
 
 
 def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
-    """Of the encoder, the same on every rank.
+    """The fingerprint of the encoder, the same on every rank.
 
     Raises:
         UserError: ranks have loaded different weights.
@@ -263,7 +263,7 @@ def _make_step(
         config.model.aggregator or config.model.pooling,
         "bf16 autocast" if place.bf16 else "fp32",
         step.strategy.name,
-        f", {per_step} slides a step" if per_step > 1 else "",
+        f", {per_step} slides per step" if per_step > 1 else "",
         place.kernels,
     )
     return step, ds_config

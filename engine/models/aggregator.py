@@ -14,7 +14,7 @@ from slidescale.kernels.gated_attention import Gate, GateDropout, Partial, gated
 
 
 class Pooled(NamedTuple):
-    """What a pooling returns.
+    """The result of a pooling.
 
     Attributes:
         features: of the whole slide, equal on every rank of the tile group: `[D]`, or of B branches `[B · D]`.
@@ -60,7 +60,7 @@ class GatedAttentionPooling(nn.Module):
         return Pooled(group.merge(partial).flatten(), weights.mean(dim=1))
 
     def extra_repr(self) -> str:
-        """As `print(model)` shows it."""
+        """The settings that `print(model)` shows."""
         branches, width = self.w_weight.shape
         return f"{branches} branches over a gate of {width}, dropout={self.dropout}, kernels={self.kernels!r}"
 
@@ -96,7 +96,7 @@ class SlideNorm(nn.Module):
     """Standardise each feature over the tiles of the slide (instance normalisation, Ulyanov et al. 2016, over a bag).
 
     An untrained encoder gives all tiles nearly the same features, and a slide's stain moves them all alike; both
-    drown what tells its tiles apart, which is what pooling has to find. The price is the slide's mean: what is the
+    drown the differences between its tiles, which pooling has to find. The price is the slide's mean: what is the
     same in all its tiles is lost to the classifier.
     """
 
@@ -117,8 +117,8 @@ class Aggregator(nn.Module):
     """Normalisation, projection, transformer, pooling, classifier; without the transformer, the arrangement of GMA
     (Campanella et al. 2024).
 
-    The projection is two Linear-ReLU-Dropout layers a tile; in the transformer's layers, if any, tiles attend to each
-    other; the classifier, one linear layer a slide, is replicated and sees the same pooled features on every rank.
+    The projection is two Linear-ReLU-Dropout layers per tile; in the transformer's layers, if any, tiles attend to each
+    other; the classifier, one linear layer per slide, is replicated and sees the same pooled features on every rank.
     In training, dropout draws by tile, for those that `drawing_for` in `models/dropout.py` names.
 
     Args:

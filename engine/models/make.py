@@ -61,19 +61,19 @@ def _make_aggregator(settings: ModelConfig, dim: int, classes: int, kernels: Ker
 
 
 def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
-    """Tell where an encoder's weights come from, of a foundation model also its source and licence, and warn of one
+    """Log where an encoder's weights come from, for a foundation model also its source and licence, and warn of one
     that can hardly learn as it is set up.
     """
     settings = config.model
     known = find_foundation_model(settings.encoder)
-    told = logging.INFO
+    level = logging.INFO
     if settings.weights:
         weights = f"those in {settings.weights}"
     elif not settings.pretrained:
         weights = "RANDOM"
         if config.data.manifest is not None:
             weights += "; use --model.pretrained or --model.weights FILE, unless that is meant"
-            told = logging.WARNING
+            level = logging.WARNING
     elif settings.encoder == PACKAGED_ENCODER:
         weights = f"ImageNet's, of the package {PACKAGE}"
     elif known:
@@ -82,7 +82,7 @@ def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
         published: Any = getattr(encoder.backbone, "pretrained_cfg", {})
         tag = published.get("tag")
         weights = f"those that timm has for {settings.encoder.split('.')[0]}" + (f" under the tag {tag}" if tag else "")
-    log.log(told, "weights: %s", weights)
+    log.log(level, "weights: %s", weights)
     if known:
         log.info("encoder %s: %s; licence: %s", known[0], known[1].source, known[1].licence)
     if settings.pretrained or settings.weights:

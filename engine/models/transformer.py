@@ -1,13 +1,13 @@
 """Transformer layers in which a slide's tiles attend to each other, over the ranks that share them.
 
-The layers are ViT's (pre-norm: Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 2 and 3), the place of a tile is told
+The layers are ViT's (pre-norm: Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 2 and 3), the place of a tile is given
 by the 2-D sine-cosine code of MAE (He et al. 2022, arXiv:2111.06377).
 
-Keys and values of other ranks are gathered whole, `[K, 2 · width]` a layer, and queries stay where they are. The
+Keys and values of other ranks are gathered whole, `[K, 2 · width]` per layer, and queries stay where they are. The
 alternative, to pass one rank's block round after another and merge the results by log-sum-exp (ring attention: Liu et
 al. 2023, arXiv:2310.01889), holds `[K / T, 2 · width]` and sends as much; but the public attention of PyTorch does not
 return log-sum-exps, and what lies behind it differs from device to device. Gathered rows grow with K as the tiles'
-pixels on the host do, and stay small beside them: 0.2 GB a layer in bf16 for 100,000 tiles at width 512.
+pixels on the host do, and stay small beside them: 0.2 GB per layer in bf16 for 100,000 tiles at width 512.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Transformer(nn.Module):
     """Pre-norm transformer layers over all tiles of a slide, and a final LayerNorm.
 
     Over T ranks each transforms its own K/T tiles; only attention looks beyond them, at the gathered keys and values of
-    all (one gather a layer, of K rows of 2 · dim). The gather's backward sums over ranks, so the scaling rule of
+    all (one gather per layer, of K rows of 2 · dim). The gather's backward sums over ranks, so the scaling rule of
     `parallel/tile_parallel.py` holds.
 
     Args:
@@ -95,7 +95,7 @@ class TransformerLayer(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In the dtype of its rows, also where FSDP2 gathers parameters in bf16, which the CPU's kernel refuses to mix."""
+    """LayerNorm in the dtype of its rows, also where FSDP2 gathers parameters in bf16: the CPU kernel refuses a mix."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, dim]` to the same; here always in at least fp32."""
@@ -129,7 +129,7 @@ def attend(query: Tensor, key_value: Tensor, heads: int) -> Tensor:
 
 
 def encode_position(coords: Tensor, dim: int) -> Tensor:
-    """The 2-D sine-cosine code of positions: half of the width tells x, half y.
+    """The 2-D sine-cosine code of positions: half of the width encodes x, half y.
 
     `[sin(ω x), cos(ω x), sin(ω y), cos(ω y)]` with ω_i = 10000^(−4i / dim), i < dim / 4 (MAE's `pos_embed.py`).
 

@@ -1,4 +1,4 @@
-"""Which strategy a run has, and making it."""
+"""Choosing a strategy, and making it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def select_strategy(config: Config, *, ranks: int) -> StrategyName:
 
 @dataclass(frozen=True)
 class Optimizing:
-    """What updates a model's parameters, made once a strategy has the model: FSDP2 puts others in their place.
+    """Optimizer and scheduler of a model, made once a strategy has it, because FSDP2 replaces the parameters.
 
     Attributes:
         groups: of the model's parameters, as torch optimizers take them, none with parameters of both halves; each may
@@ -71,7 +71,7 @@ class Optimizing:
     def as_settings_say(
         cls, config: OptimConfig, schedule: Schedule, ds_config: dict[str, Any] | None = None
     ) -> "Optimizing":
-        """For `optim`'s settings, as far as a ds.json does not name its own.
+        """Make the ones that `optim`'s settings name, unless a ds.json names its own.
 
         Args:
             ds_config: as completed.

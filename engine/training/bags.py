@@ -38,7 +38,7 @@ class Bag:
 
 @dataclass(frozen=True)
 class _Known:
-    """What all ranks hear of a rank's bag."""
+    """What every rank knows of one rank's bag."""
 
     name: str
     tiles: int

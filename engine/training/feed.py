@@ -1,4 +1,4 @@
-"""What each rank computes on when: an epoch's slides as steps, a step's as slots, a slot's tiles as shares.
+"""The order of training: the slides of an epoch as steps, those of a step as slots, the tiles of a slot as shares.
 
 A step takes S × A slides: S side by side, one for each tile group, A times after another. In a slot, every rank works
 on its share of its tile group's slide, and makes as many encoder calls as every other rank, because these gather
@@ -99,5 +99,5 @@ def _chain(first: Share, others: Iterator[Share]) -> Iterator[Share]:
 
 
 def _target(row: ManifestRow) -> Tensor:
-    """As the objective takes it."""
+    """The target of a slide, as the objective takes it."""
     return torch.tensor(row.target, dtype=torch.float64)

@@ -42,7 +42,7 @@ _NORM_NAMES = {
 
 
 def best_names(supervision: SupervisionName) -> tuple[str, str]:
-    """What runs are compared by: the scalars of a run's best epoch, its headline metric and its loss."""
+    """Names of the scalars that runs are compared by: headline metric and loss of the best epoch."""
     return f"best/val_{HEADLINES[supervision]}", "best/val_loss"
 
 
@@ -117,7 +117,7 @@ class Trainer:
                 self._write_results(result, "_test", progress.step)
 
     def _validate(self, progress: Progress, totals: EpochTotals) -> Progress:
-        """Validate the epoch of the last checkpoint, mark it if it is the best, and tell of it.
+        """Validate the epoch of the last checkpoint, mark it if it is the best, and report it.
 
         Where this is cut off, a resume does it again; an epoch that has been marked then stays the best.
         """
@@ -181,7 +181,7 @@ class Trainer:
         return totals
 
     def _report(self, epoch: int, step: int, totals: EpochTotals, result: Evaluation, *, improved: bool) -> None:
-        """Tell of an epoch: a line, scalars, and, when it is the best so far, predictions and pictures."""
+        """Report an epoch: a line, scalars, and, when it is the best so far, predictions and pictures."""
         train_loss = float(np.mean(totals.losses)) if totals.losses else math.nan
         seconds = max(totals.seconds, 1e-9)
         peak = max(self.mesh.world.gather_objects(peak_gib(self.strategy.device)))
