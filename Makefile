@@ -5,6 +5,7 @@
 #   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
 #   make lint                                       style and types
 #   make bench                                      what steps cost on this machine: docs/benchmarks.md, in ten minutes
+#   make weak-scaling                               a model of steps on many GPUs, held against steps of this machine
 #   make k-study                                    training against K and beside a frozen encoder: docs/k_study.md, in 25 minutes
 #   make bench-full                                 and with tiles of full size, up to a whole slide of 20,000: an hour
 PYTHON ?= python3
@@ -17,7 +18,7 @@ RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 
 BENCH := $(RUN) python benchmarks
 
-.PHONY: egfr k-study test test-full lint bench bench-full clean
+.PHONY: egfr k-study test test-full lint bench weak-scaling bench-full clean
 
 egfr: $(VENV)/ready
 	$(RUN) $(if $(RANKS),deepspeed --quiet --num_accelerators $(RANKS),python) recipes/egfr.py \
@@ -42,6 +43,8 @@ bench: $(VENV)/ready-to-bench
 	$(BENCH)/scale_k.py --tile 96 --k 96 192 512 --memory-limit 2GiB --policy keep recompute auto \
 		--strategy ddp --ranks 2 --baseline plain hub frozen --out results/bench
 	$(BENCH)/strategies.py --tile 96 --k 96 --out results/bench
+
+weak-scaling: $(VENV)/ready-to-bench
 	$(BENCH)/weak_scaling.py --tile 96 --tiles-a-rank 64 --check-policy recompute --out results/bench
 
 bench-full: $(VENV)/ready-to-bench

@@ -43,6 +43,7 @@ setup(
         "imagecodecs>=2026.1",
         "scipy>=1.15",
         "tyro>=1.0,<2",
+        "tabulate>=0.9",
         "tqdm>=4.66",
         "matplotlib>=3.10",
     ],

@@ -2,11 +2,11 @@
 
     python benchmarks/interval_coverage.py
 
-A cohort has patients of one to four slides. A slide's score is its patient's part and a part of its own, of which the
-patient's is `CORRELATION` of the variance, and the scores of the two classes lie as far apart as an area under the ROC
-curve asks for. The intervals of each cohort are those of `engine/evaluation/intervals.py`; beside them are the
-percentiles of the same resamples, and those of slides that are drawn one by one, as if a patient's
-slides were independent. The table is printed, and written into docs/intervals.md.
+A cohort has patients with one to four slides each. The score of a slide is the sum of a part that its patient's slides
+share, with `CORRELATION` of the variance, and a part of its own. The scores of the two classes lie as far apart as the
+true area under the ROC curve requires. The intervals of each cohort are those of `engine/evaluation/intervals.py`.
+Beside them are the percentiles of the same resamples, and intervals from slides that are drawn one by one, as if the
+slides of a patient were independent. The table is printed, and written into docs/intervals.md.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from scipy.stats import norm
 
 from slidescale.engine.evaluation import intervals
 from slidescale.engine.evaluation.intervals import report
-from slidescale.engine.markdown import table
 
-from page import write_section
+from common.page import table, write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "intervals.md"
 HEAD = """# Intervals
@@ -37,7 +36,7 @@ NAMES = ("negative", "positive")
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of cohort: its patients, the share of them that is positive, and the true area under the ROC curve."""
+    """A kind of cohort: number of patients, share of positive ones, and the true area under the ROC curve."""
 
     patients: int
     positive: float
@@ -49,7 +48,7 @@ class Setting:
         return float(np.sqrt(2) * norm.ppf(self.auroc))
 
     def truth(self, metric: str) -> float:
-        """The value of a metric in a cohort without end; a slide is called positive above the middle of both means."""
+        """Value of a metric in an infinite cohort; a slide is called positive above the middle of the two means."""
         return self.auroc if metric == "auroc" else float(norm.cdf(self.separation / 2))
 
 
@@ -68,7 +67,7 @@ METHODS = ("report", "percentiles", "slides one by one")
 
 
 def draw_cohort(setting: Setting, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets `[n, 1]`, outputs `[n, 2]` and patients `[n]` of a cohort's slides."""
+    """Draw targets `[n, 1]`, outputs `[n, 2]` and patients `[n]` of the slides of a cohort."""
     positive = np.arange(setting.patients) < round(setting.patients * setting.positive)
     patient = np.repeat(np.arange(setting.patients), draws.integers(1, MOST_SLIDES + 1, setting.patients))
     shared = draws.normal(size=setting.patients)[patient]
@@ -79,7 +78,7 @@ def draw_cohort(setting: Setting, draws: np.random.Generator) -> tuple[np.ndarra
 
 
 def covers(setting: Setting, cohorts: int, resamples: int, methods: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Of each cohort, by method: for each of the `METRICS` the interval's two ends, NaN where there is none."""
+    """Yield for each cohort, by method, the two ends of the interval of each of the `METRICS`; NaN where undefined."""
     percentiles = partial(mock.patch.object, intervals, "_ends", lambda *_: None)
     for seed in range(cohorts):
         targets, outputs, patient = draw_cohort(setting, np.random.default_rng(seed))
@@ -99,7 +98,7 @@ def covers(setting: Setting, cohorts: int, resamples: int, methods: Sequence[str
 
 
 def coverage(setting: Setting, cohorts: int, resamples: int, methods: Sequence[str]) -> dict[str, np.ndarray]:
-    """By method, for each of the `METRICS`: the share of intervals that cover the truth, and their mean width."""
+    """Return by method, for each of the `METRICS`, the share of intervals that cover the truth, and the mean width."""
     rows = list(covers(setting, cohorts, resamples, methods))
     truth = np.array([setting.truth(metric) for metric in METRICS])
     result = {}
@@ -115,8 +114,8 @@ def coverage(setting: Setting, cohorts: int, resamples: int, methods: Sequence[s
 def main() -> None:
     """Simulate, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohorts", type=int, default=300, help="simulated, of each kind")
-    parser.add_argument("--resamples", type=int, default=500, help="of each cohort")
+    parser.add_argument("--cohorts", type=int, default=300, help="simulated per kind")
+    parser.add_argument("--resamples", type=int, default=500, help="per cohort")
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page whose section is replaced")
     args = parser.parse_args()
     header = ["patients", "positive", "true AUROC", "metric", *METHODS, "width", "of percentiles"]
@@ -132,11 +131,11 @@ def main() -> None:
         [
             "## How often 95% intervals cover the truth",
             f"`python benchmarks/interval_coverage.py --cohorts {args.cohorts} --resamples {args.resamples}`: "
-            f"{args.cohorts} simulated cohorts a row, so that a share of 0.95 is known to about "
+            f"{args.cohorts} simulated cohorts per row, so that a share of 0.95 is known to about "
             f"± {np.sqrt(0.95 * 0.05 / args.cohorts):.3f} (one standard error). *report* is what slidescale writes: "
             "logit intervals from resamples of patients. *percentiles* are those of the same resamples. *slides one by "
-            "one* are logit intervals from resamples that take a patient's slides for independent. Intervals that are "
-            "left undefined are not counted.",
+            "one* are logit intervals from resamples of slides, as if those of a patient were independent. Undefined "
+            "intervals are not counted.",
             table(header, rows),
         ]
     )

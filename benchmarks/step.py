@@ -1,17 +1,15 @@
-"""How near a step comes to the limits that plain PyTorch sets: policies recompute and keep, on this machine.
+"""Speed of a step relative to the limits that plain PyTorch sets, for policies recompute and keep, on this machine.
 
     python benchmarks/step.py
 
-recompute cannot be faster than one forward, and one forward with its backward, of the same chunks; keep not than the
-latter. All four run by turns in one process, on random tiles, so that all meet the same neighbours. How memory and
-speed go with K is `scale_k.py`'s subject.
+Policy keep cannot be faster than forward and backward of the same chunks, and recompute takes one more forward. All
+four run in turns in one process, on random tiles, so that a busy neighbour slows all of them. `scale_k.py` measures
+how memory and speed change with K.
 """
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slidescale.engine.api import make_step
+from slidescale.engine.files import write_json
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.mesh import Mesh
@@ -28,6 +27,7 @@ from slidescale.engine.training.step import Share, Step
 from slidescale.kernels.dispatch import choose_kernels
 
 from cells.ways import CLASSES, Cell
+from common.timing import measure_seconds
 
 
 class Stored(NamedTuple):
@@ -50,7 +50,7 @@ def one_bag(tiles: torch.Tensor) -> Step:
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each way, turn by turn."""
+    """Measure the seconds of each way, turn by turn."""
     keep_freed_memory()  # as the engine does without a budget
     torch.set_num_threads(args.threads)
     device, k, chunk = torch.device(args.device), args.k, args.chunk
@@ -94,20 +94,11 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         "recompute": lambda: take(0),
         "keep": lambda: take(k),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(args.turns + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+    return measure_seconds(ways, args.turns)
 
 
 def main() -> None:
-    """Parse the command line, measure and tell."""
+    """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--tile", type=int, default=224, help="side of a tile, px")
@@ -128,7 +119,7 @@ def main() -> None:
     print(f"  recompute is {recompute:.3f} of its limit, one more forward; keep is {keep:.3f} of forward + backward")
     if args.out:
         result = {"tiles_per_s": rate, "recompute_of_limit": recompute, "keep_of_limit": keep}
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+# SHIM
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -12,9 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.config import Config, MemoryConfig, OptimConfig, ParallelConfig, PolicyName, RunConfig
 from slidescale.engine.errors import ConfigError
+from slidescale.engine.memory.offload_disk import DiskOffload
+from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.models.trial import _without_content as meta_copy
 from slidescale.engine.parallel.mesh import Mesh, join
 from slidescale.engine.strategies.ds_config import complete_ds_config
 from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
@@ -22,13 +28,6 @@ from slidescale.engine.strategies.strategy import Strategy
 from slidescale.engine.training.bags import Bag, to_step
 from slidescale.engine.training.step import Loss, Planned, Step, StepResult, TrainStep
 from slidescale.engine.training.weights import write_weights
-
-
-# SHIM
-from types import SimpleNamespace
-from slidescale.engine.models.trial import _without_content as meta_copy
-from slidescale.engine.memory.offload_disk import DiskOffload
-from slidescale.engine.memory.offload_host import HostOffload
 
 Holding: Any = SimpleNamespace(of=lambda *a: None)
 measure_model: Any = None

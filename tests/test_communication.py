@@ -1,14 +1,11 @@
 """What ranks say to each other is counted right: against arithmetic, and against what the system saw a rank write."""
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +21,10 @@ from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.training import step
 
+from support.cells import BENCHMARKS, run_in_kept_worlds
 from support.equivalence import BAG_SIZES, Case, make_model, make_step, mesh_for, train
 from support.worlds import World
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS = len(BAG_SIZES)
 # What gloo writes beside the payload: a header a message, and as many messages as ranks in a ring, twice.
 HEADER_BYTES = 1_000
@@ -51,14 +48,11 @@ class Counted:
         return sum(size for name, size, _ in self.calls.get(phase, []) if name == operation)
 
 
-@cache
 def communication() -> ModuleType:
-    """The benchmark's module, by its path: a rank has no other way to it."""
-    spec = importlib.util.spec_from_file_location("communication", BENCHMARKS / "communication.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["communication"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The benchmark's module; a rank has no other way to it."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return import_module("cells.communication")
 
 
 def written() -> int:
@@ -249,7 +243,10 @@ def test_an_operation_of_unknown_size_is_an_error() -> None:
     with torch.library._scoped_library("deepspeed", "FRAGMENT") as library:
         library.define("speak(Tensor x) -> Tensor")
         library.impl("speak", lambda x: x.clone(), "CPU")
-        with communication().Communication(), pytest.raises(NotImplementedError, match="deepspeed::speak talks"):
+        with (
+            communication().Communication(),
+            pytest.raises(NotImplementedError, match="deepspeed::speak sends an unknown number"),
+        ):
             torch.ops.deepspeed.speak(torch.ones(1))
 
 
@@ -264,22 +261,30 @@ def test_calls_that_belong_to_no_phase_are_an_error() -> None:
     }
 
 
-def run_strategies(out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    """The command, with the smallest encoder."""
-    small = ["--encoder", "test_resnet", "--tile", "32", "--k", "8", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, str(BENCHMARKS / "strategies.py"), *small, "--out", str(out), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+@pytest.fixture
+def strategies(monkeypatch: pytest.MonkeyPatch, world: Callable[..., World]) -> ModuleType:
+    """The command, whose ranks are processes that are there already."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run_in_kept_worlds(monkeypatch, world, import_module("cells.cell"))
+    return import_module("strategies")
+
+
+def run_strategies(command: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> int:
+    """The command, with the smallest encoder; its exit status."""
+    small = "--encoder test_resnet --tile 32 --k 8 --dtype float32 --device cpu --out"
+    monkeypatch.setattr(sys, "argv", ["strategies.py", *small.split(), str(out), *words])
+    return command.main()
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "strategies.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_strategies_beside_each_other(tmp_path: Path) -> None:
+def test_strategies_beside_each_other(strategies: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From the command to its page."""
     page = tmp_path / "page.md"
-    done = run_strategies(tmp_path, "--strategy", "ddp", "fsdp", "--merge-k", "20", "--page", str(page))
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--strategy", "ddp", "fsdp", "--merge-k", "20", "--page", str(page)]
+    assert run_strategies(strategies, monkeypatch, tmp_path, *words) == 0
     for row in rows_of(tmp_path):
         assert row["step_s"] > 0
         assert 0 < row["gradient_error"] <= row["gradient_bound"]
@@ -290,21 +295,19 @@ def test_strategies_beside_each_other(tmp_path: Path) -> None:
     assert "| 4,321,612 " in text, "the gradients' bytes, four for each of 1,080,403 parameters"
 
 
-def test_no_speed_of_a_wrong_strategy(tmp_path: Path) -> None:
-    done = run_strategies(
-        tmp_path, "--strategy", "ddp", "--merge-k", "8", "--no-page", SLIDESCALE_PLANT_WRONG_GRADIENT="1"
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "WRONG GRADIENT: ddp, K = 8" in done.stderr
+def test_no_speed_of_a_wrong_strategy(
+    strategies: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLIDESCALE_PLANT_WRONG_GRADIENT", "1")
+    words = ["--strategy", "ddp", "--merge-k", "8", "--no-page"]
+    assert run_strategies(strategies, monkeypatch, tmp_path, *words) == 1
+    assert "WRONG GRADIENT: ddp, K = 8" in capsys.readouterr().err
     (row,) = rows_of(tmp_path)
     assert row["status"] == "wrong gradient" and row["gradient_error"] > 100 * row["gradient_bound"]
     assert not {"step_s", "steps_s", "tiles_per_s", "slides_per_h", "shares", "communication"} & set(row)
 
 
-def test_a_merge_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import strategies
-
+def test_a_merge_that_grows_is_found(strategies: ModuleType) -> None:
     def row(k: int, size: int) -> dict[str, Any]:
         merge = {"operation": "all-reduce", "payload": size}
         gathered = {"operation": "all-gather", "payload": 100 * k}

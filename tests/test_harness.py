@@ -11,9 +11,8 @@ from types import ModuleType
 import psutil
 import pytest
 
+from support.cells import BENCHMARKS
 from support.worlds import PATIENCE_S
-
-ROOT = Path(__file__).parent.parent
 
 # What a rank does, by its number.
 SCRIPT = """
@@ -38,7 +37,7 @@ if what == "wait":
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     from cells import harness
 
     return harness
@@ -67,14 +66,16 @@ def test_how_worlds_end(harness: ModuleType, ranks: list[str], status: str, mess
 
 def test_rows_are_found_again(harness: ModuleType, tmp_path: Path) -> None:
     path, stamp = tmp_path / "rows.jsonl", {"machine": "this", "commit": "a"}
-    rows = harness.Rows(path, stamp)
+    from cells.rows import Rows
+
+    rows = Rows(path, stamp)
     rows.add({"k": 1, "status": "out of memory"}, {"policy": "keep", "k": 1, "counted": (1, 2)})
-    harness.Rows(path, stamp | {"commit": "b"}).add({"k": 2, "status": "ok"}, {"policy": "keep", "k": 2})
+    Rows(path, stamp | {"commit": "b"}).add({"k": 2, "status": "ok"}, {"policy": "keep", "k": 2})
     for k, status in ((5, "failed"), (6, "not run")):
         rows.add({"k": k, "status": status}, {"policy": "keep", "k": k})
     with path.open("a") as file:
         file.write('{"k": 3, "sett')  # the process was ended as it wrote
-    again = harness.Rows(path, stamp)
+    again = Rows(path, stamp)
     assert again.find({"policy": "keep", "k": 1, "counted": (1, 2)})["k"] == 1
     assert again.find({"policy": "keep", "k": 2}) is None, "of another commit"
     for k in (5, 6):
@@ -87,7 +88,7 @@ def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
     """By SIGTERM, as a scheduler does, or SIGHUP, as a closed terminal does."""
     (tmp_path / "rank.py").write_text(SCRIPT)
     sweep = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from cells import harness; "
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from cells import harness; "
         f"from pathlib import Path; harness.run_world([{str(tmp_path / 'rank.py')!r}, 'wait'], ranks=1, device='cpu', "
         f"limits=harness.Limits({PATIENCE_S}, 2**40), log=Path({str(tmp_path / 'log')!r}))"
     )
@@ -106,8 +107,10 @@ def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
         assert not psutil.pid_exists(rank)
 
 
-def test_the_machine_is_told(harness: ModuleType) -> None:
-    stamp = harness.describe_machine("cpu")
+def test_the_machine_is_described(harness: ModuleType) -> None:
+    from common.machine import describe_machine, machine_line
+
+    stamp = describe_machine("cpu")
     assert {"machine", "memory_gib", "python", "torch", "deepspeed", "timm", "commit"} <= set(stamp)
-    assert stamp["torch"] in harness.tell_machine(stamp)
+    assert stamp["torch"] in machine_line(stamp)
     assert sys.version.startswith(stamp["python"])

@@ -1,6 +1,6 @@
-"""The kernels' benchmark: Triton's kernels fit real architectures, and no speed is told of wrong results.
+"""The kernels' benchmark: Triton's kernels fit real architectures, and no speed is reported for wrong results.
 
-What compiles runs in processes in which Triton does not emulate.
+Tests that compile run in processes in which Triton does not emulate.
 """
 
 import importlib.util
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,9 @@ import pytest
 from slidescale.kernels.gated_attention import Attended, gated_attention
 from slidescale.kernels.tile_prep import prepare_tiles
 
-ROOT = Path(__file__).parent.parent
+from support.cells import BENCHMARKS
+
+ROOT = BENCHMARKS.parent
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"}
 
 
@@ -66,9 +69,9 @@ def test_launches_are_of_these_forms() -> None:
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     # By its path: the package `kernels` of the top level has that name too.
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    spec = importlib.util.spec_from_file_location("kernels_benchmark", BENCHMARKS / "kernels.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,39 +80,74 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_spills_and_large_blocks_are_caught(benchmark: ModuleType) -> None:
     """The judgement itself: a kernel that spills, or wants more shared memory than there is, does not fit."""
-    import ahead_of_time
+    from kernel_costs.ahead_of_time import Compiled
+    from kernel_costs.architectures import ARCHITECTURES as TABLE
 
-    fine = ahead_of_time.Compiled("kernel", "sm_80", warps=8, registers=255, spilled=0, shared=166_912, occupancy=0.1)
+    fine = Compiled("kernel", "sm_80", warps=8, registers=255, spilled=0, shared=166_912, occupancy=0.1)
     assert fine.fits
     for name, value in (("spilled", 8), ("shared", 166_913), ("registers", 256)):
-        assert not ahead_of_time.Compiled(**(vars(fine) | {name: value})).fits
-    limits = {each.name: each for each in ahead_of_time.ARCHITECTURES}
+        assert not Compiled(**(vars(fine) | {name: value})).fits
+    limits = {each.name: each for each in TABLE}
     # 8 warps of 128 registers: two blocks in 65,536 registers, of the 64 warps that a multiprocessor holds.
     assert limits["sm_90"].occupancy(128, 0, 8) == 16 / 64
     assert limits["gfx942"].occupancy(128, 32 * 1024, 4) == 8 / 32
 
 
 @pytest.mark.parametrize("what", ["attention", "tiles", "nothing"])
-def test_no_speed_is_told_of_wrong_results(
+def test_no_speed_is_reported_for_wrong_results(
     benchmark: ModuleType, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         scores, partial = gated_attention(*args, **kwargs)
         return Attended(scores, partial._replace(acc=1.0001 * partial.acc))
 
+    from kernel_costs import measured, work
+
     if what == "attention":
-        monkeypatch.setattr(benchmark, "gated_attention", wrong)
+        monkeypatch.setattr(work, "gated_attention", wrong)
     if what == "tiles":
-        monkeypatch.setattr(benchmark, "prepare_tiles", lambda *args, **kwargs: 1.0001 * prepare_tiles(*args, **kwargs))
+        monkeypatch.setattr(work, "prepare_tiles", lambda *args, **kwargs: 1.0001 * prepare_tiles(*args, **kwargs))
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: (1e9, 1e9))
-    monkeypatch.setattr(benchmark, "measure_memory", lambda *_: 1024)
+    monkeypatch.setattr(measured, "measure_memory", lambda *_, **__: 1024)
     page = tmp_path / "page.md"
     words = f"kernels.py --k 300 --dim 32 --width 16 --tiles 2 --tile-px 32 --turns 1 --threads 1 --page {page}"
     monkeypatch.setattr(sys, "argv", words.split())
     assert benchmark.main() == (0 if what == "nothing" else 1)
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     if what == "nothing":
-        assert "| torch " in told.out and "| torch " in page.read_text(encoding="utf-8")
+        assert "| torch " in printed.out and "| torch " in page.read_text(encoding="utf-8")
     else:
-        assert told.out == "" and not page.exists()
-        assert f"WRONG RESULTS, no speed is told: {what}" in told.err
+        assert printed.out == "" and not page.exists()
+        assert f"WRONG RESULTS, no speed is reported: {what}" in printed.err
+
+
+def test_memory_is_measured_in_a_process_of_its_own(benchmark: ModuleType) -> None:
+    """PyTorch keeps the gate's two values of each tile, and makes the features' gradient."""
+    from kernel_costs.memory import measure_memory
+    from kernel_costs.work import ATTENTION, PYTORCH, Shape
+
+    shape = Shape(k=100_000, dim=32, width=64, branches=1, tiles=1, tile_px=32)
+    found = measure_memory(ATTENTION, PYTORCH, shape, dtype="float32", device="cpu", threads=1)
+    gate, gradient = 4 * shape.k * 2 * shape.width, 4 * shape.k * shape.dim
+    assert gate + gradient < found < 10 * (gate + gradient)
+
+
+def test_time_is_measured_in_turns(benchmark: ModuleType) -> None:
+    from common.timing import measure_seconds
+
+    calls: list[str] = []
+    ways = {name: partial(calls.append, name) for name in ("one", "other")}
+    found = measure_seconds(ways, 3, clock=lambda way: way() or 2.0)
+    assert found == {"one": [2.0] * 3, "other": [2.0] * 3}
+    assert calls == ["one", "other"] * 4, "the first turn warms up"
+    assert all(seconds > 0 for seconds in measure_seconds(ways, 2)["one"])
+
+
+def test_a_gpu_is_timed_by_its_own_clock(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, which counts milliseconds."""
+    from triton import testing
+
+    from common.timing import gpu_seconds
+
+    monkeypatch.setattr(testing, "do_bench", lambda way, return_mode: 1500.0 if return_mode == "median" else None)
+    assert gpu_seconds(print) == 1.5

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,14 +13,13 @@ import pytest
 
 from slidescale.engine.errors import ConfigError
 
-from support.worlds import PATIENCE_S
-
-ROOT = Path(__file__).parent.parent
+from support.cells import BENCHMARKS, run_in_kept_worlds
+from support.worlds import PATIENCE_S, World
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -163,14 +163,9 @@ def test_reading_takes_what_cores_it_shares(model: ModuleType, networks: ModuleT
     assert model.reading_seconds(30.0, 10.0, costs) == pytest.approx(15.0 - 10.0)
 
 
-def test_bytes_are_those_of_the_engine(model: ModuleType, command: ModuleType, tmp_path: Path) -> None:
-    """Counted on 2 ranks with 3 chunks each."""
-    from cells.cell import measure
-    from cells.drawn_slide import write_slide
-    from cells.harness import Limits
+def small_cell(**settings: Any) -> Any:
     from cells.ways import Cell
 
-    write_slide(tmp_path / "slide.tiff", 12, 32)
     cell = Cell(
         policy="recompute",
         strategy="fsdp",
@@ -182,31 +177,75 @@ def test_bytes_are_those_of_the_engine(model: ModuleType, command: ModuleType, t
         dtype="float32",
         device="cpu",
         steps=1,
-        counted=(12,),
     )
+    return replace(cell, **settings)
+
+
+def test_the_calibration_starts_as_a_module(tmp_path: Path) -> None:
+    """In a process of its own, as a single rank."""
+    found = calibrated(tmp_path, small_cell(strategy="single", ranks=1))
+    assert set(found["update_s"]) == {"single"} and found["links"] == {}
+    assert min(found["forward_s"], found["aggregate_s"], found["update_s"]["single"], found["read_s"]["32"]) > 0
+
+
+def test_the_calibration_measures_links(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from scaling import calibration
+
+    run_in_kept_worlds(monkeypatch, world, calibration)
+    found = calibrated(tmp_path, small_cell())
+    assert set(found["update_s"]) == {"ddp", "fsdp"}
+    assert set(found["links"]) == {"all-reduce", "all-gather", "reduce-scatter"}
+    for latency, bandwidth in found["links"].values():
+        assert latency >= 0 and bandwidth > 0
+
+
+def calibrated(folder: Path, cell: Any) -> dict[str, Any]:
+    from cells.drawn_slide import write_slide
+    from cells.harness import Limits
+    from scaling.calibration import calibrate
+
+    write_slide(folder / "slide.tiff", cell.k, cell.tile)
     limits = Limits(PATIENCE_S, 2**34)
-    ended, row = measure(cell, slide=tmp_path / "slide.tiff", limits=limits, log=tmp_path / "log")
+    return calibrate(cell, slides={cell.tile: folder / "slide.tiff"}, limits=limits, log=folder / "log")
+
+
+def test_bytes_are_those_of_the_engine(
+    model: ModuleType, world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted on 2 ranks with 3 chunks each."""
+    from cells import cell as cells
+    from cells.drawn_slide import write_slide
+    from cells.harness import Limits
+    from scaling.checking import job_of, shape_for
+
+    run_in_kept_worlds(monkeypatch, world, cells)
+    write_slide(tmp_path / "slide.tiff", 12, 32)
+    cell = small_cell(counted=(12,))
+    limits = Limits(PATIENCE_S, 2**34)
+    ended, row = cells.measure(cell, slide=tmp_path / "slide.tiff", limits=limits, log=tmp_path / "log")
     assert ended.status == "ok", ended.message
-    shape = command.shape_for(cell)
-    job = command.job_of(cell, shape, tile_ranks=2)
+    shape = shape_for(cell)
+    job = job_of(cell, shape, tile_ranks=2)
     assert job.chunks == row["chunks"] == 3
     counted: dict[str, float] = {}
     for phase, calls in row["communication"]["12"].items():
         for each in calls:
             if phase not in ("reading", "optimizer"):
                 counted[each["operation"]] = counted.get(each["operation"], 0.0) + each["payload"]
-    told: dict[str, float] = {}
+    predicted: dict[str, float] = {}
     for each in model.messages(job, 2):
         if each.term != "update" and each.size != 16:  # the small ones, which are of reading
-            told[each.operation] = told.get(each.operation, 0.0) + each.calls * each.size
-    assert counted["all-reduce"] == told["all-reduce"] == model.merge_bytes(shape.pooled)
+            predicted[each.operation] = predicted.get(each.operation, 0.0) + each.calls * each.size
+    assert counted["all-reduce"] == predicted["all-reduce"] == model.merge_bytes(shape.pooled)
     # Shards are padded to equal sizes; and one unit's gather more or less goes with which was the last.
-    assert counted["reduce-scatter"] == pytest.approx(told["reduce-scatter"], rel=0.01)
-    assert abs(counted["all-gather"] - told["all-gather"]) < 1.02 * max(shape.encoder, shape.aggregator) * 4
-    assert told["all-gather"] > 8 * shape.encoder * 4
+    assert counted["reduce-scatter"] == pytest.approx(predicted["reduce-scatter"], rel=0.01)
+    assert abs(counted["all-gather"] - predicted["all-gather"]) < 1.02 * max(shape.encoder, shape.aggregator) * 4
+    assert predicted["all-gather"] > 8 * shape.encoder * 4
 
 
-def test_unknown_names_are_told(
+def test_unknown_names_are_refused(
     command: ModuleType, networks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(ConfigError, match=r"--network is 'dgx-1': must be one of dgx-a100, dgx-h100"):
@@ -241,6 +280,7 @@ def test_a_prediction_that_is_off_is_found(
 ) -> None:
     """A machine that takes as long as its parts say, within 15% or not."""
     from cells.harness import Ended
+    from scaling import checking
 
     calls = {"parts": 0, "steps": 0}
 
@@ -256,52 +296,25 @@ def test_a_prediction_that_is_off_is_found(
         calls["steps"] += 1
         return Ended("ok", ""), {"step_s": error * predicted[cell.ranks]}
 
-    words = [
-        "--encoder",
-        "test_resnet",
-        "--tile",
-        "32",
-        "--tiles-a-rank",
-        "8",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--check-policy",
-        "recompute",
-        "--check-strategy",
-        "ddp",
-        "--project-encoder",
-        "test_resnet",
-        "--project-tile",
-        "32",
-        "--project-tiles",
-        "16",
-        "--gpus",
-        "1",
-        "8",
-        "64",
-        "--strategy",
-        "ddp",
-        "fsdp",
-        "--out",
-        str(tmp_path),
-        "--page",
-        str(tmp_path / "docs" / "page.md"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["weak_scaling.py", *words])
-    monkeypatch.setattr(command, "calibrate", calibrate)
-    monkeypatch.setattr(command, "measure", measure)
+    words = (
+        "--encoder test_resnet --tile 32 --tiles-a-rank 8 --device cpu --dtype float32 --check-policy recompute "
+        "--check-strategy ddp --project-encoder test_resnet --project-tile 32 --project-tiles 16 --gpus 1 8 64 "
+        "--strategy ddp fsdp --out"
+    )
+    page = ["--page", str(tmp_path / "docs" / "page.md")]
+    monkeypatch.setattr(sys, "argv", ["weak_scaling.py", *words.split(), str(tmp_path), *page])
+    monkeypatch.setattr(checking, "calibrate", calibrate)
+    monkeypatch.setattr(checking, "measure", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # 8 tiles: forward, and forward and backward; the aggregator; the update; what is read and said is little.
     predicted = {1: 8 * 0.04 + 0.02, 2: 8 * 0.04 + 0.02 + 0.008 + 0.01}
     status = command.main()
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     rows = [json.loads(line) for line in (tmp_path / "weak_scaling.jsonl").read_text(encoding="utf-8").splitlines()]
     checks = [row for row in rows if row["kind"] == "check"]
     assert [row["ranks"] for row in checks] == [1, 2]
     if error == 1.05:
-        assert status == 0, told.err
+        assert status == 0, printed.err
         assert calls == {"parts": 2, "steps": 2}, "measured once"
         assert [row["gpus"] for row in rows if row["kind"] == "projection"] == [1, 8, 64] * 2
         page = (tmp_path / "docs" / "page.md").read_text(encoding="utf-8")
@@ -311,5 +324,5 @@ def test_a_prediction_that_is_off_is_found(
     else:
         assert status == 1
         assert calls == {"parts": 6, "steps": 6}, "three times before it is called wrong"
-        assert "PREDICTION IS OFF: recompute, single: predicted" in told.err
-        assert "recompute, ddp × 2: predicted" in told.err
+        assert "PREDICTION IS OFF: recompute, single: predicted" in printed.err
+        assert "recompute, ddp × 2: predicted" in printed.err

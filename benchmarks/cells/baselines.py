@@ -1,4 +1,4 @@
-"""Other ways to train on all of a slide's tiles, which the engine is compared with."""
+"""Other ways to train on all tiles of a slide, with which the engine is compared."""
 
 import tempfile
 import time
@@ -22,12 +22,12 @@ from cells.ways import CLASSES, Cell, Source, Way
 LABEL = 1.0
 # Tiles whose features are computed at once where no gradient is wanted.
 FROZEN_CHUNK = {"cpu": 16, "cuda": 128}
-# Tiles that are in memory at once while the features of a slide are computed.
+# Tiles in memory at once while the features of a slide are computed.
 FROZEN_PORTION = 512
 
 
 class Baseline(Way):
-    """What the baselines share: the recipe's model, optimizer and loss."""
+    """What baselines share: the model, optimizer and loss of a recipe."""
 
     def __init__(self, cell: Cell, source: Source, device: torch.device) -> None:
         super().__init__(cell, source, device)
@@ -39,7 +39,7 @@ class Baseline(Way):
         self._watch = Stopwatch(device)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As they are."""
+        """Yield the model's own."""
         for name, parameter in self._model.named_parameters():
             yield name, parameter.detach()
 
@@ -55,9 +55,10 @@ class Baseline(Way):
 
 
 class Plain(Baseline):
-    """Plain autograd: all tiles in one forward and one backward; "checkpoint" has each block compute its inside again.
+    """Plain autograd: all tiles in one forward and one backward.
 
-    Checkpointing is PyTorch's, of each of the encoder's blocks (Chen et al. 2016, arXiv:1604.06174).
+    Policy "checkpoint" recomputes the activations inside each block of the encoder by PyTorch's checkpointing (Chen et
+    al. 2016, arXiv:1604.06174).
     """
 
     def __init__(self, cell: Cell, source: Source, device: torch.device) -> None:
@@ -65,7 +66,7 @@ class Plain(Baseline):
         self._model.encoder.set_checkpointing(cell.policy == "checkpoint")
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
-        """One graph of everything; its backward is told as pass 2."""
+        """Train with a single graph; its backward is reported as pass 2."""
         watch = self._watch
         watch.start()
         for bag in self.source.bags(k, count, slice(0, k)):
@@ -85,7 +86,7 @@ class Plain(Baseline):
 
 
 class Frozen(Baseline):
-    """Features once, to disk; then steps of the aggregator alone: how fast a step is that trains no encoder."""
+    """Steps of the aggregator alone, on features that are computed once and read from disk."""
 
     def __init__(self, cell: Cell, source: Source, device: torch.device) -> None:
         super().__init__(cell, source, device)
@@ -93,13 +94,13 @@ class Frozen(Baseline):
         self._file = Path(self._folder.name) / "features.pt"
 
     def prepare(self, k: int) -> None:
-        """The features; the time that they take goes to the row, as `features_s`."""
+        """Compute the features; the row has the time that this takes as `features_s`."""
         begin = time.perf_counter()
         torch.save(self._encode(k), self._file)
         self.details["features_s"] = time.perf_counter() - begin
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
-        """Of the aggregator."""
+        """Train the aggregator."""
         watch = self._watch
         for _ in range(count):
             watch.start()
@@ -112,7 +113,7 @@ class Frozen(Baseline):
             yield watch.seconds()
 
     def close(self) -> None:
-        """And delete the features."""
+        """End what runs beside, and delete the features."""
         super().close()
         self._folder.cleanup()
 
@@ -127,11 +128,11 @@ class Frozen(Baseline):
 
 
 class Hub(Baseline):
-    """The published schedule: one rank for the aggregator, which encodes nothing, and the others for the encoder.
+    """The published schedule: one rank for the aggregator, which encodes nothing, and all others for the encoder.
 
-    Encoder ranks run DistributedDataParallel in a group of their own, each with its part of the tiles in one forward,
-    and keep all activations. Between two barriers of all ranks, features are gathered at the hub, and their gradients
-    scattered back. DDP takes the mean over W - 1 ranks, so that each back-propagates Σ h · ∂L/∂h times W - 1.
+    Encoder ranks run DistributedDataParallel in a group of their own. Each has its part of the tiles in one forward and
+    keeps all activations. Between two barriers of all ranks, features are gathered at the hub, and their gradients are
+    scattered back. DDP takes the mean over W - 1 ranks, so each rank back-propagates Σ h · ∂L/∂h times W - 1.
     (Campanella et al. 2024, and the trainer released with it; written from their description.)
     """
 
@@ -145,17 +146,17 @@ class Hub(Baseline):
         self._bf16 = cell.dtype == "bfloat16"
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
-        """At the hub, the wait for features is told as pass 1, and that for the others' backward as pass 2."""
+        """Train; the hub waits for features in pass 1, and for the backward of other ranks in pass 2."""
         return self._aggregate(k, count) if self._rank == 0 else self._encode(k, count)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The encoder's from its first rank, the aggregator's from the hub."""
+        """Yield those of the encoder from its first rank, and those of the aggregator from the hub."""
         for name, parameter in self._model.named_parameters():
             dist.broadcast(parameter.detach(), src=1 if name.startswith("encoder.") else 0)
             yield name, parameter.detach()
 
     def _wait(self) -> None:
-        """For all ranks' devices: a step has ended when the last one's has, and barriers are of hosts."""
+        """Wait for the devices of all ranks: a step ends with the slowest device, and a barrier joins only hosts."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
@@ -164,7 +165,7 @@ class Hub(Baseline):
         return TileGroup(rank - 1, self._encoders).share(k)
 
     def _rows(self, k: int) -> int:
-        """Of the largest share; gathered and scattered parts are of one size."""
+        """Rows of the largest share: parts that are gathered or scattered have equal sizes."""
         return -(-k // self._encoders)
 
     def _aggregate(self, k: int, count: int) -> Iterator[dict[str, float]]:

@@ -1,6 +1,6 @@
-"""A cell in its own processes: steps of one configuration, their time and memory, and whether they are right.
+"""A cell in its own processes: steps of one configuration, their time and memory, and their error.
 
-The processes are started by `measure`, once a rank.
+`measure` starts this module once per rank.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from slidescale.engine.memory.usage import held_bytes, peak_gib, reset_peak
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, is_main_rank, join, stop_world
 from slidescale.engine.training import step
-from slidescale.engine.units import GIB
+from slidescale.engine.units import GIB, format_size
 
 from cells.baselines import KINDS
 from cells.harness import OUT_OF_MEMORY, Ended, Limits, run_world
 from cells.ways import POLICIES, Cell, EngineWay, Source, Way
 
-# Tiles of the step before the timed ones, which compiles what is compiled, and makes the optimizer's state. What a
-# larger bag allocates, its first timed step does, which the median leaves out.
+# Tiles of the step before the timed ones, in which compilers run and the optimizer makes its state. What a larger bag
+# allocates in its first timed step is left out by the median.
 WARM_UP = 64
-# By which a RuntimeError tells that memory was not enough: PyTorch's on a CPU, CUDA's, cuBLAS's.
+# Messages of a RuntimeError when memory was not enough: of PyTorch on a CPU, CUDA, and cuBLAS.
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# Set in the environment, the engine's gradients are wrong on purpose, for the test that this is found.
+# Where the environment has this variable, gradients of the engine are wrong on purpose, for the test that finds them.
 PLANTED = "SLIDESCALE_PLANT_WRONG_GRADIENT"
 
 
@@ -43,13 +43,13 @@ def measure(
     """Run a cell in processes of its own.
 
     Args:
-        slide: that has the tiles.
-        log: where the processes' output goes.
-        reference: parameters to compare with after the last step, which a cell with as many steps wrote there.
-        is_reference: write `reference`, and do not compare.
+        slide: the file to read tiles from.
+        log: the file for the output of the processes.
+        reference: parameters to compare with after the last step, written by a cell with as many steps.
+        is_reference: write `reference` instead.
 
     Returns:
-        How it ended, and if it did well, its row.
+        How it ended; and its row, empty unless the status is "ok".
     """
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
@@ -62,7 +62,9 @@ def measure(
     row = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     if cell.device == "cpu" and row["peak_gib"] * GIB > limits.bytes:
-        return Ended("out of memory", f"held {row['peak_gib']:.2f} GiB for a moment"), {}
+        return Ended(
+            "out of memory", f"held {row['peak_gib']:.2f} GiB for a moment; the limit is {format_size(limits.bytes)}"
+        ), {}
     return ended, row
 
 
@@ -121,7 +123,7 @@ def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path
 
 
 def plant_wrong_gradient() -> None:
-    """Keep from the encoder what the first chunk's tiles say."""
+    """Set the gradients of the first chunk's features to zero in every step."""
     original = step.backpropagate
 
     def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward: Backward) -> None:
@@ -133,17 +135,17 @@ def plant_wrong_gradient() -> None:
 
 
 def make_way(cell: Cell, source: Source, mesh: Mesh, folder: Path) -> Way:
-    """The engine under a policy, or a baseline."""
+    """Make the engine under a policy, or a baseline."""
     if cell.policy in POLICIES:
         return EngineWay(cell, source, mesh, folder)
     return KINDS[cell.policy](cell, source, mesh.device)
 
 
 def change_error(ours: Iterable[tuple[str, Tensor]], reference: dict[str, dict[str, Tensor]], parts: str) -> float:
-    """How far the model's change over all steps is from the reference's, relative to that: ‖Δ - Δ'‖ / ‖Δ'‖.
+    """Compare the model's change over all steps with that of the reference: ‖Δ - Δ'‖ / ‖Δ'‖.
 
-    The larger one of the encoder's and the aggregator's. A fault of one step is seen, and one that only shows in the
-    step after it.
+    Encoder and aggregator are compared apart, and the larger error is returned. It shows a fault of one step, and a
+    fault that shows only in the step after it.
     """
     squares = {part: [0.0, 0.0] for part in (("encoder", "aggregator") if parts == "all" else ("aggregator",))}
     for name, value in ours:
@@ -156,7 +158,7 @@ def change_error(ours: Iterable[tuple[str, Tensor]], reference: dict[str, dict[s
 
 
 def main() -> None:
-    """A rank's own command line."""
+    """Parse the command line of one rank, and run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cell", type=json.loads)
     parser.add_argument("slide", type=Path)
@@ -187,7 +189,7 @@ def main() -> None:
 
 def _say_out_of_memory(error: BaseException) -> None:
     print(str(error).splitlines()[0], file=sys.stderr, flush=True)
-    os._exit(OUT_OF_MEMORY)  # the other ranks may wait for this one, and are ended with it
+    os._exit(OUT_OF_MEMORY)  # the other ranks may wait for this one, and end with it
 
 
 if __name__ == "__main__":

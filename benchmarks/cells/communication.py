@@ -1,4 +1,4 @@
-"""What a rank hands to its process groups, and what of it goes over the wire, by phase of the step."""
+"""Counts of communication: bytes that a rank hands to its process groups and sends, by phase of the step."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from slidescale.engine.training.stopwatch import Stopwatch
 
-# Whose operators are ways to talk. One of these that is neither in OPERATIONS nor in SILENT is an error, and not a
-# hole in the count.
+# Namespaces of operators that communicate. One of these operators that is neither in OPERATIONS nor in SILENT is an
+# error, and not a hole in the count.
 NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "symm_mem", "deepspeed")
 SILENT = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd", "c10d::check_for_nan")
-# What a rank sends of the whole among n ranks: in a ring, in equal parts (Patarasuk and Yuan 2009,
-# doi:10.1016/j.jpdc.2008.09.002). Of operations that have a root, what the rank sends that sends most.
+# The share of the payload that a rank sends among n ranks: in a ring, in equal parts (Patarasuk and Yuan 2009,
+# doi:10.1016/j.jpdc.2008.09.002). For operations that have a root, the share of the rank that sends most.
 SENT: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -38,12 +38,12 @@ SENT: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class Operation:
-    """How an operator of PyTorch's is counted.
+    """How an operator of PyTorch is counted.
 
     Attributes:
         name: one of SENT.
-        argument: of the operator, whose tensors are the payload.
-        part: they are one rank's part of it, and there are as many parts as ranks.
+        argument: argument of the operator whose tensors are the payload.
+        part: these tensors are the part of one rank, and there are as many parts as ranks.
     """
 
     name: str
@@ -96,9 +96,9 @@ class Call:
 
     Attributes:
         operation: one of SENT.
-        ranks: that take part.
-        payload: bytes that it is about: an all-reduce's tensor, what all ranks have after an all-gather, what each
-            rank has before a reduce-scatter.
+        ranks: number of ranks that take part.
+        payload: bytes of the tensor in an all-reduce, of the result in an all-gather, of the input in a
+            reduce-scatter.
     """
 
     operation: str
@@ -107,15 +107,15 @@ class Call:
 
     @property
     def wire(self) -> float:
-        """Bytes that a rank sends for it."""
+        """Bytes that a rank sends."""
         return SENT[self.operation](self.ranks) * self.payload
 
 
 class Communication(TorchDispatchMode):
-    """Sees, while it is entered, all calls of the thread that entered it, and of that thread's backwards.
+    """While entered, notes all calls of collectives by the thread that entered it, and by its backward passes.
 
-    PyTorch's collectives, those of DTensor and FSDP2, and DeepSpeed's all end in operators, which it listens to;
-    only what an operator's own implementation says to other ranks is not seen.
+    The collectives of PyTorch, DTensor, FSDP2 and DeepSpeed all end in operators, which it sees. It does not see what
+    the implementation of an operator sends on its own.
     """
 
     def __init__(self) -> None:
@@ -124,12 +124,12 @@ class Communication(TorchDispatchMode):
         self._unclaimed: list[Call] = []
 
     def lap(self, phase: str) -> None:
-        """What was called since the last lap, was so in `phase`."""
+        """Count the calls since the last lap under `phase`."""
         self._calls.setdefault(phase, []).extend(self._unclaimed)
         self._unclaimed = []
 
     def calls(self) -> dict[str, list[Call]]:
-        """All calls by phase, in their order.
+        """Return all calls by phase, in their order.
 
         Raises:
             RuntimeError: there were calls after the last lap.
@@ -139,13 +139,13 @@ class Communication(TorchDispatchMode):
         return self._calls
 
     def told(self) -> dict[str, list[dict[str, Any]]]:
-        """The sums of each phase, operation and number of ranks; for JSON."""
+        """Return the sums of each phase, operation and number of ranks, for JSON."""
         return {phase: list(_sums(calls)) for phase, calls in self.calls().items() if calls}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what is a collective, and do all as without."""
+        """Note a collective, and run every operator as it is."""
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # DTensor does it by operators on plain tensors, which come here in their turn
+            return NotImplemented  # DTensor calls operators on plain tensors, which come here in their turn
         if isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES:
             self._note(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
@@ -155,7 +155,9 @@ class Communication(TorchDispatchMode):
         if name in SILENT:
             return
         if name not in OPERATIONS:
-            raise NotImplementedError(f"{name} talks to other ranks, and it is not known how much")
+            raise NotImplementedError(
+                f"{name} communicates, and it is not known how much it sends; add it to OPERATIONS or SILENT"
+            )
         operation = OPERATIONS[name]
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
         ranks = _group(given).size()
@@ -164,20 +166,20 @@ class Communication(TorchDispatchMode):
 
 
 class CountingStopwatch(Stopwatch):
-    """Gives the phases of the step to its communication, too; what was said between steps belongs to reading."""
+    """A stopwatch whose laps also divide communication; what was sent between steps belongs to reading."""
 
     def __init__(self, device: torch.device, communication: Communication) -> None:
         super().__init__(device)
         self._communication = communication
 
     def lap(self, phase: str) -> None:
-        """What has passed since the last lap was `phase`."""
+        """Count what has passed since the last lap under `phase`."""
         super().lap(phase)
         self._communication.lap(phase)
 
 
 def total(phases: dict[str, list[dict[str, Any]]], what: str, *, operation: str | None = None) -> float:
-    """The sum of "calls", "payload" or "wire" over phases of `Communication.told`, of one operation or all."""
+    """Add up "calls", "payload" or "wire" over phases of `Communication.told`, for one operation or all."""
     return sum(
         each[what] for phase in phases.values() for each in phase if operation is None or each["operation"] == operation
     )

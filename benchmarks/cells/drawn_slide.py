@@ -1,4 +1,4 @@
-"""A slide of as many tiles as a benchmark wants to read: pieces of the demo cohort's tissue, over and over."""
+"""A slide with as many tiles as a benchmark reads: pieces of the demo cohort's tissue, over and over."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +13,12 @@ from slidescale.engine.data.synthetic import MPP_UM, draw_slide
 # Tiles in a row of the grid, whatever their number is, so that the first K of two slides are the same.
 COLUMNS = 128
 PIECE_PX = 256
-# Standard deviation of a square's values above which it shows more than glass or even stroma.
+# Standard deviation of pixel values above which a square shows more than glass or even stroma.
 CONTENT = 20.0
 
 
 def write_slide(path: Path, k: int, tile_px: int) -> None:
-    """Write a slide of one level, of at least K tiles of `tile_px` at its own resolution, MPP_UM."""
+    """Write a slide of one level with at least K tiles of `tile_px` px at its own resolution, MPP_UM."""
     width, height = (-(-side * tile_px // PIECE_PX) * PIECE_PX for side in (min(k, COLUMNS), -(-k // COLUMNS)))
     pieces = [jpeg_encode(piece, level=80, colorspace="rgb", outcolorspace="ycbcr") for piece in _pieces()]
     chosen = np.random.default_rng(0).integers(len(pieces), size=(width // PIECE_PX) * (height // PIECE_PX))
@@ -38,13 +38,13 @@ def write_slide(path: Path, k: int, tile_px: int) -> None:
 
 
 def tile_coords(k: int, tile_px: int) -> np.ndarray:
-    """int64 `[K, 2]`, the corners (x, y) of a slide's first K tiles, in reading order."""
+    """Return int64 `[K, 2]`: the corners (x, y) of the first K tiles in reading order, px."""
     index = np.arange(k)
     return np.stack([index % COLUMNS, index // COLUMNS], axis=1) * tile_px
 
 
 def _pieces() -> Iterator[np.ndarray]:
-    """Squares of a drawn slide in which there is something to see."""
+    """Yield squares of a drawn slide that show tissue."""
     image = draw_slide(np.random.default_rng(0), atypical=True)
     rows, columns = (side // PIECE_PX for side in image.shape[:2])
     squares = rearrange(

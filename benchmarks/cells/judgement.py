@@ -1,4 +1,4 @@
-"""Whether a cell's training is right: its change of the model against plain autograd's, before any speed is told."""
+"""A check of training before any speed is reported: a cell must change the model as plain autograd does."""
 
 import math
 import shutil
@@ -14,15 +14,15 @@ from cells.cell import measure
 from cells.harness import Ended, Limits
 from cells.ways import POLICIES, Cell
 
-# In fp32 the engine adds the same numbers in another order: some 1e-7 a step, and more where a network amplifies it.
+# In fp32 the engine adds the same numbers in another order: about 1e-7 per step, and more where a network amplifies it.
 BOUND = 1e-4
-# bf16 rounds at other places in each way to train; PyTorch's own error by that, in plain autograd, is the measure.
+# bf16 rounds at other places in each way to train. The measure is the error that this makes in plain autograd.
 TIMES_PLAIN = 2.0
-# But never so large that a chunk could be missing.
+# Never so large that a chunk could be missing.
 MOST = 0.1
-# That each rank's tiles fall into, at least, where their size is left to the engine.
+# Least number of chunks per rank, where their size is left to the engine.
 CHUNKS = 3
-# What is not told of a cell that is wrong, for a right one's may be otherwise.
+# Columns that a cell that fails does not report: a correct one may be slower.
 SPEEDS = ("step_s", "steps_s", "tiles_per_s", "slides_per_h", "shares", "features_s", "communication")
 
 
@@ -32,9 +32,9 @@ class Judge:
     A reference is made once for all cells that it serves, and deleted with the judge.
 
     Args:
-        slide: that has the tiles.
+        slide: the file to read tiles from.
         limits: what a reference may take.
-        folder: where the logs go, and references while the judge lives.
+        folder: for logs, and for references while the judge lives.
     """
 
     def __init__(self, *, slide: Path, limits: Limits, folder: Path) -> None:
@@ -51,12 +51,12 @@ class Judge:
         """Run a cell, and compare.
 
         Args:
-            limits: of the cell.
-            log: where its processes' output goes.
+            limits: what the cell may take.
+            log: the file for the output of its processes.
 
         Returns:
-            How it ended, "wrong gradient" being one way; and its row, with `gradient_error` (see `cell.change_error`)
-            and the `gradient_bound` that it must not exceed, and without speeds where it does.
+            How it ended, with "wrong gradient" as a further status; and its row, with `gradient_error` (see
+            `cell.change_error`) and the `gradient_bound` that it must not exceed. Where it does, speeds are left out.
         """
         cell = in_chunks(cell)
         ended, reference, bound = self._bound(cell)
@@ -69,12 +69,14 @@ class Judge:
         error = row.pop("change_error")
         row |= {"gradient_error": error, "gradient_bound": bound}
         if not error <= bound:  # a NaN is not, either
-            message = f"the model's change differs from plain autograd's by {error:.2e} of it, and may by {bound:.2e}"
+            message = (
+                f"the model's change differs from that of plain autograd by {error:.2e} of it; {bound:.2e} is allowed"
+            )
             return Ended("wrong gradient", message), {key: row[key] for key in row if key not in SPEEDS}
         return ended, row
 
     def _bound(self, cell: Cell) -> tuple[Ended, Path, float]:
-        """How making them ended, the reference of a cell, and the largest right error."""
+        """Return how making them ended, the reference of a cell, and the largest error that a correct one may have."""
         ended, reference = self._reference(cell)
         if ended.status != "ok" or cell.dtype == "float32":
             return ended, reference, BOUND
@@ -102,19 +104,19 @@ class Judge:
 
 
 def _bound_by(plain_error: float) -> float:
-    """The largest right error, where plain autograd in the same precision has this one; NaN stays one."""
+    """The largest error of a correct cell, from that of plain autograd in the same precision; NaN stays NaN."""
     return plain_error if math.isnan(plain_error) else min(MOST, TIMES_PLAIN * plain_error)
 
 
 def in_chunks(cell: Cell) -> Cell:
-    """The cell with its tiles in several chunks, without which faults between them could not show."""
+    """Divide the tiles of a cell into several chunks, without which faults between them could not show."""
     if cell.chunk != "auto" or cell.policy not in POLICIES:
         return cell
     return replace(cell, chunk=max(1, min(CHUNK_CAP[cell.device], cell.k // cell.ranks // CHUNKS)))
 
 
 def plain_autograd(cell: Cell, dtype: str) -> Cell:
-    """The cell that trains the same parts of the same model on the same tiles, on one rank, by plain autograd."""
+    """Return the cell that trains the same parts of the same model on the same tiles by plain autograd, on one rank."""
     return replace(
         cell,
         policy="plain",

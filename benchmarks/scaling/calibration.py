@@ -1,7 +1,7 @@
-"""What the parts of a training step cost on this machine, each measured by itself, with as many ranks at once as asked.
+"""The costs of the parts of a training step on this machine, each measured by itself, on one or several ranks at once.
 
-A rank computes, reads and talks here as in a training step, but never takes one. The processes are started by
-`calibrate`, once a rank.
+A rank computes, reads and communicates as in a training step, but never takes one. `calibrate` starts this module once
+per rank.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from cells.harness import Limits, run_world
 from cells.ways import CLASSES, Cell, Source
 from scaling.networks import Link
 
-# Chunks that the encoder takes in a turn, one after another as in a pass.
+# Chunks that the encoder takes per turn, one after another as in a pass.
 CHUNKS = 2
 TURNS = 8
-# Sides of the square weights, and their number, of the two networks whose parameters are gathered.
+# Sides and number of the square weights of the two networks whose parameters are gathered.
 SIDES = (16, 768)
 LAYERS = 6
-# Rows that go through these networks, so that ranks compute between gathers, and wait for each other as in a step.
+# Rows that pass these networks, so that ranks compute between gathers and wait for each other as in a step.
 ROWS = 128
 
 
@@ -51,15 +51,15 @@ def calibrate(cell: Cell, *, slides: dict[int, Path], limits: Limits, log: Path)
     """Measure with `cell.ranks` processes at once.
 
     Args:
-        cell: whose k is that of all ranks together.
-        slides: to read from, by the side of their tiles, px; the cell's own is one of them.
+        cell: what to measure; its k counts the tiles of all ranks together.
+        slides: files to read from, by the side of their tiles in px; the side of the cell's tiles is among them.
 
     Returns:
-        Seconds: "forward_s" and "both_s" of a tile, "aggregate_s" of a rank's tiles, "update_s" by strategy, "read_s"
-        of a tile by its side in processor time; "links" by operation, each latency and bandwidth.
+        Seconds: "forward_s" and "both_s" per tile, "aggregate_s" for the tiles of a rank, "update_s" by strategy,
+        "read_s" in processor time per tile, by its side. And "links" by operation: latency in s, bandwidth in bytes/s.
 
     Raises:
-        RuntimeError: it failed; says why.
+        RuntimeError: a rank failed or passed a limit; says why.
     """
     result = log.with_suffix(".json")
     words = [
@@ -77,7 +77,7 @@ def calibrate(cell: Cell, *, slides: dict[int, Path], limits: Limits, log: Path)
 
 
 def run(cell: Cell, slides: dict[int, Path]) -> dict[str, Any]:
-    """What a rank does; the slowest rank's figures."""
+    """Measure everything as one rank; return the figures of the slowest rank."""
     keep_freed_memory()
     mesh = join()
     world, device = mesh.world, mesh.device
@@ -93,20 +93,20 @@ def run(cell: Cell, slides: dict[int, Path]) -> dict[str, Any]:
 
 
 def fresh_model(cell: Cell, device: torch.device) -> SlideModel:
-    """As the training run makes it."""
+    """Make the model as a training run does."""
     config = cell.config()
     kernels, bf16 = choose_kernels(config.run.kernels, device), cell.dtype == "bfloat16"
     return make_model(config, classes=len(CLASSES), bf16=bf16, kernels=kernels).to(device).train()
 
 
 def computing(model: SlideModel, cell: Cell, world: RankGroup, device: torch.device) -> dict[str, float]:
-    """Of the encoder's two passes, and of the aggregator, without reading and without talking."""
+    """Time the two passes of the encoder, and the aggregator, without reading and communication."""
     size, side, local = int(cell.chunk), cell.tile, cell.k // cell.ranks
     tiles = torch.randint(0, 256, (CHUNKS * size, side, side, 3), dtype=torch.uint8).to(device)
     features = torch.randn(local, model.encoder.dim, device=device)
     places = torch.from_numpy(tile_coords(local, side) / side).to(device, torch.float32)
     chunks = Chunks(tiles, size, CHUNKS, seed=0, offset=0)
-    # As drawn in the aggregator, whose dropout is off in benchmarks.
+    # In place of a loss: the gradient of one class.
     label = torch.zeros(len(CLASSES), device=device).index_fill(0, torch.tensor(1, device=device), -1.0)
     encoded = encode(model, chunks)
 
@@ -126,7 +126,7 @@ def computing(model: SlideModel, cell: Cell, world: RankGroup, device: torch.dev
 
 
 def updating(name: StrategyName, cell: Cell, mesh: Mesh, world: RankGroup, device: torch.device) -> float:
-    """A strategy's gradient norm and optimizer step."""
+    """Time the gradient norm and optimizer step of a strategy."""
     optimizing = Optimizing.as_settings_say(cell.config().optim, cell.schedule())
     strategy = make_strategy(name, fresh_model(cell, device), optimizing, mesh)
 
@@ -138,7 +138,7 @@ def updating(name: StrategyName, cell: Cell, mesh: Mesh, world: RankGroup, devic
 
 
 def reading(path: Path, cell: Cell, world: RankGroup) -> float:
-    """Processor seconds of a tile."""
+    """Measure the processor seconds of reading a tile."""
     source = Source(path, cell)
     share = TileGroup(world.rank, world.size).share(cell.k)
     list(source.bags(cell.k, 1, share))  # opens the slide
@@ -153,7 +153,7 @@ def reading(path: Path, cell: Cell, world: RankGroup) -> float:
 
 
 def links(world: RankGroup, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Latency and bandwidth as each operation sees them, with the copies that its callers make."""
+    """Measure latency and bandwidth of each operation, with the copies that its callers make."""
     mesh = init_device_mesh(device.type, (world.size,))
     networks = [nn.Sequential(*(nn.Linear(side, side) for _ in range(LAYERS))).to(device) for side in SIDES]
     sharded = [fully_shard(copy.deepcopy(network), mesh=mesh, reshard_after_forward=True) for network in networks]
@@ -189,7 +189,7 @@ def links(world: RankGroup, device: torch.device) -> dict[str, tuple[float, floa
         *(partial(compute, *each) for each in zip(networks, rows, strict=True)),
     ]
     times = medians(turns, world, device)
-    # What gathers cost where they are used: a sharded network's forward, less that of the same network whole.
+    # The cost of gathers where they are used: the forward of a sharded network less that of the same network whole.
     gathers = [max(0.0, with_gather - without) for with_gather, without in zip(times[4:6], times[6:8], strict=True)]
     n = world.size
     return {
@@ -200,14 +200,14 @@ def links(world: RankGroup, device: torch.device) -> dict[str, tuple[float, floa
 
 
 def _fit(n: int, times: list[float], sizes: list[int], *, messages: int, passes: int) -> tuple[float, float]:
-    """Latency and bandwidth for which the model gives these times at two sizes.
+    """Solve for the latency and bandwidth with which the model gives these times at two sizes.
 
     Args:
-        messages: one after another, of the small size.
-        passes: of the large size through the ring: 2 for an all-reduce.
+        messages: number of messages of the small size, one after another.
+        passes: number of times that the large size passes through the ring: 2 for an all-reduce.
     """
-    a_byte = max((times[1] - times[0]) / (sizes[1] - sizes[0]), 1e-15)
-    link = Link(max(0.0, times[0] - a_byte * sizes[0]) / messages, passes * (n - 1) / n / a_byte)
+    per_byte = max((times[1] - times[0]) / (sizes[1] - sizes[0]), 1e-15)
+    link = Link(max(0.0, times[0] - per_byte * sizes[0]) / messages, passes * (n - 1) / n / per_byte)
     return link.latency, link.bandwidth
 
 
@@ -217,7 +217,7 @@ def medians(
     device: torch.device,
     before: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """The median of each, in turns so that a slow moment meets all of them alike, s; of each turn the slowest rank."""
+    """Time each in turns, so that a slow moment meets all of them; return medians of the slowest rank per turn, s."""
     spent: list[list[float]] = [[] for _ in turns]
     for turn in range(TURNS + 1):
         for index, each in enumerate(turns):
@@ -234,7 +234,7 @@ def medians(
 
 
 def main() -> None:
-    """A rank's own command line."""
+    """Parse the command line of one rank, and run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cell", type=json.loads)
     parser.add_argument("slides", type=json.loads)

@@ -1,13 +1,13 @@
-"""The time of a training step on any number of ranks, from what its parts cost: arithmetic alone.
+"""The time of a training step on any number of ranks, by arithmetic from the costs of its parts.
 
-Each rank has the same number of tiles, however many ranks there are (weak scaling). A step is its terms one after
-another; what another rank's noise costs is not in it. What is said to other ranks follows from the strategy:
+Each rank has the same number of tiles, however many ranks there are (weak scaling). A step is the sum of its terms;
+it does not include waiting for a rank that is slow by chance. Communication follows from the strategy:
 
 - ddp and zero0: an all-reduce of all gradients, once;
 - zero1 and zero2: the same, and an all-gather of all parameters after the update;
-- zero3 and fsdp: an all-gather of the encoder for each chunk and pass through it (forward, forward again, backward), of
-  the aggregator for its two, and a reduce-scatter of all gradients, once;
-- all of them: the merge of the slide's pooled features, and small messages by which ranks agree.
+- zero3 and fsdp: an all-gather of the encoder for each chunk and each pass (forward, forward again, backward), two of
+  the aggregator, and a reduce-scatter of all gradients, once;
+- all strategies: the merge of the slide's pooled features, and small messages by which ranks agree.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,15 +32,15 @@ ADAMW_VALUES = 7
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's communication follows from.
+    """The sizes of a model that decide its communication.
 
     Attributes:
-        dim: D, of the features.
-        pooled: width of what is pooled, which the aggregator projects them to.
-        encoder: values of its parameters.
-        aggregator: values of its parameters.
-        units: parts of the encoder that fsdp gathers one at a time.
-        modules: of the encoder, with parameters of their own, which zero3 gathers one at a time.
+        dim: D, width of features.
+        pooled: width to which the aggregator projects features before it pools them.
+        encoder: number of parameters (values).
+        aggregator: number of parameters (values).
+        units: number of parts of the encoder that fsdp gathers one at a time.
+        modules: number of modules of the encoder with parameters of their own, which zero3 gathers one at a time.
     """
 
     dim: int
@@ -52,12 +52,12 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters, which are fp32."""
+        """Bytes of all parameters, which are fp32."""
         return FP32 * (self.encoder + self.aggregator)
 
 
 def shape_of(model: SlideModel) -> Shape:
-    """Of a model, whose parameters may be on the "meta" device."""
+    """Measure a model, whose parameters may be on the "meta" device."""
 
     def size(module: SlideModel | object) -> int:
         return sum(parameter.numel() for parameter in module.parameters())  # type: ignore[union-attr]
@@ -73,10 +73,10 @@ class Job:
     """A step.
 
     Attributes:
-        tiles: of each rank.
+        tiles: per rank.
         chunk: tiles that go through the encoder at once.
         policy: "recompute" or "keep".
-        tile_ranks: most ranks that share a slide; beyond these, slides side by side.
+        tile_ranks: most ranks that share a slide; with more ranks, several slides are processed at once.
     """
 
     shape: Shape
@@ -88,15 +88,15 @@ class Job:
 
     @property
     def chunks(self) -> int:
-        """Of each rank."""
+        """Chunks per rank."""
         return -(-self.tiles // self.chunk)
 
     def sharing(self, ranks: int) -> int:
-        """Ranks that share a slide."""
+        """Count the ranks that share a slide."""
         return min(ranks, self.tile_ranks)
 
     def k(self, ranks: int) -> int:
-        """Tiles of a slide."""
+        """Count the tiles of a slide."""
         return self.sharing(ranks) * self.tiles
 
 
@@ -105,11 +105,11 @@ class Message:
     """Equal calls of one operation in a step.
 
     Attributes:
-        term: of TERMS, to which their time belongs.
+        term: one of TERMS, to which their time belongs.
         operation: "all-reduce", "all-gather" or "reduce-scatter".
-        ranks: that take part.
-        calls: a step.
-        size: bytes of the whole, of each call.
+        ranks: number of ranks that take part.
+        calls: per step.
+        size: bytes of the whole per call.
     """
 
     term: str
@@ -120,7 +120,7 @@ class Message:
 
 
 def messages(job: Job, ranks: int) -> Iterator[Message]:
-    """All that a rank says to others in a step."""
+    """Yield all communication of a rank in a step."""
     if ranks == 1:
         return
     shape, strategy, sharing = job.shape, job.strategy, job.sharing(ranks)
@@ -138,7 +138,7 @@ def messages(job: Job, ranks: int) -> Iterator[Message]:
         yield Message("gathers", "all-gather", ranks, 2, FP32 * shape.aggregator)
         units = shape.units + 1 if strategy == "fsdp" else 1
         yield Message("reduction", "reduce-scatter", ranks, units, shape.bytes / units)
-        # The gradient's norm; DeepSpeed asks more than once.
+        # The norm of the gradient; DeepSpeed computes it more than once.
         yield Message("update", "all-reduce", ranks, 1 if strategy == "fsdp" else ZERO_CALLS, 2 * FP32)
         return
     buckets = -(-shape.bytes // BUCKET_BYTES) if strategy == "ddp" else 1
@@ -149,29 +149,29 @@ def messages(job: Job, ranks: int) -> Iterator[Message]:
 
 
 def hub_bytes(k: int, dim: int) -> int:
-    """That reach the hub in a step of the published schedule: all features. As many bytes of gradients leave it."""
+    """Count the bytes of features that reach the hub per step of the published schedule; as many go back."""
     return FP32 * k * dim
 
 
 def merge_bytes(pooled: int) -> int:
-    """That a rank hands over in a step to merge the pooled features, forward and backward: whatever K is."""
+    """Count the bytes that a rank hands over per step to merge the pooled features, forward and backward, for any K."""
     return 2 * FP32 * (pooled + 1) + 3 * FP32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a rank's work costs where it is done.
+    """The costs of a rank's work on one kind of machine.
 
     Attributes:
-        forward_s: of a tile without a graph, s.
-        both_s: of a tile forward and backward.
-        aggregate_s: the aggregator's forward and backward for the rank's tiles.
-        update_s: for a strategy and a number of ranks.
+        forward_s: forward per tile without a graph, s.
+        both_s: forward and backward per tile, s.
+        aggregate_s: forward and backward of the aggregator for the rank's tiles, s.
+        update_s: seconds of the update for a strategy and a number of ranks.
         read_s: processor seconds of reading a tile.
-        cores: that a rank has for reading.
-        readers: its reading threads.
-        computing: its threads that compute on the same cores: 0 on a GPU.
-        hides: strategies whose gathers go on while a rank computes.
+        cores: per rank, for reading.
+        readers: reading threads per rank.
+        computing: threads per rank that compute on the same cores: 0 on a GPU.
+        hides: strategies whose gathers run while a rank computes.
     """
 
     forward_s: float
@@ -187,7 +187,7 @@ class Costs:
 
 
 def step_terms(job: Job, costs: Costs, ranks: int) -> dict[str, float]:
-    """Seconds that each of TERMS adds to a step."""
+    """Compute the seconds that each of TERMS adds to a step."""
     terms = dict.fromkeys(TERMS, 0.0)
     terms["pass 1"] = job.tiles * costs.forward_s
     terms["pass 2"] = job.tiles * (costs.both_s - (costs.forward_s if job.policy == "keep" else 0.0))
@@ -200,21 +200,21 @@ def step_terms(job: Job, costs: Costs, ranks: int) -> dict[str, float]:
         if message.term == "gathers":
             longest = max(longest, seconds)
     if job.strategy in costs.hides:
-        # The next unit is gathered while this one computes; the first one is waited for.
+        # The next unit is gathered while this one computes; only the first one is waited for.
         terms["gathers"] = max(longest, terms["gathers"] - terms["pass 1"] - terms["pass 2"])
     terms["reading"] = reading_seconds(job.tiles * costs.read_s, sum(terms.values()), costs)
     return terms
 
 
 def reading_seconds(work: float, step: float, costs: Costs) -> float:
-    """What reading the next slide's tiles adds to a step.
+    """Compute the seconds that reading the next slide's tiles adds to a step.
 
-    Reading and computing threads share the cores alike. With too few cores for all of them, computing slows down while
-    the readers read; and where they need longer than the step, it waits for them.
+    Reading and computing threads get equal shares of the cores. With too few cores for all of them, computing slows
+    down while tiles are read. Where reading takes longer than the step, computing waits for it.
 
     Args:
         work: processor seconds.
-        step: of all else, s.
+        step: seconds of everything else.
     """
     threads = costs.readers + costs.computing
     at_once = min(costs.readers, costs.cores * costs.readers / threads)
@@ -224,18 +224,18 @@ def reading_seconds(work: float, step: float, costs: Costs) -> float:
 
 
 def efficiency(job: Job, costs: Costs, ranks: int) -> float:
-    """Tiles a second of each rank, relative to one rank alone, which says nothing to anyone."""
+    """Throughput per rank relative to a single rank, which has no communication."""
     return sum(step_terms(job, costs, 1).values()) / sum(step_terms(job, costs, ranks).values())
 
 
 def device_costs(
     device: Device, network: Network, footprint: Footprint, job: Job, *, bf16: bool, read_s: float, cores: float
 ) -> Costs:
-    """From data sheets, at the planner's share of what they say.
+    """Compute costs from data sheets, of which the same shares are reached that the planner assumes.
 
     Args:
         read_s: processor seconds of reading a tile.
-        cores: of the host, for each device.
+        cores: of the host, per device.
     """
     arithmetic = UTILISATION * (device.bf16 if bf16 else device.fp32)
     bandwidth = BANDWIDTH_UTILISATION * device.bandwidth

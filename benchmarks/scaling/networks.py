@@ -1,11 +1,11 @@
-"""What collective operations cost between ranks: interconnects, and formulas in latency and bandwidth.
+"""The costs of collective operations: interconnects, and formulas in latency and bandwidth.
 
 The formulas are those of Thakur, Rabenseifner and Gropp 2005 (Optimization of collective communication operations in
-MPICH, doi:10.1177/1094342005051521), with n ranks, a latency for each message and a time for each byte:
+MPICH, doi:10.1177/1094342005051521), with n ranks, a latency per message and a time per byte:
 
 - all-gather and reduce-scatter in a ring: (n - 1) latency + (n - 1) / n · bytes / bandwidth (sections 4.1 and 4.2);
-- all-reduce of much: a reduce-scatter, and an all-gather (section 4.5, Rabenseifner's, here in rings);
-- all-reduce of little, by recursive doubling: log2(n) (latency + bytes / bandwidth) (section 4.5);
+- all-reduce of a large message: a reduce-scatter and an all-gather (section 4.5, Rabenseifner's, here in rings);
+- all-reduce of a small message, by recursive doubling: log2(n) (latency + bytes / bandwidth) (section 4.5);
 - all-reduce between many nodes, in two trees, up and down: 2 (log2(n) latency + bytes / bandwidth) (Sanders, Speck and
   Träff 2009, doi:10.1016/j.parco.2009.09.001; NCCL has it).
 
@@ -21,11 +21,11 @@ from slidescale.engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Link:
-    """Between a rank and its neighbour.
+    """The connection between a rank and its neighbour.
 
     Attributes:
-        latency: of a message, s.
-        bandwidth: bytes/s in one direction, each rank.
+        latency: per message, s.
+        bandwidth: bytes/s in one direction, per rank.
     """
 
     latency: float
@@ -37,12 +37,12 @@ class Network:
     """Ranks in nodes.
 
     Attributes:
-        per_node: ranks in a node.
+        per_node: ranks per node.
         inside: between ranks of a node.
-        across: between nodes, for each rank.
-        start: of any operation, s.
-        measured: links inside a node as one operation sees them ("all-reduce", "all-gather", "reduce-scatter"), where
-            each was measured by itself.
+        across: between nodes, per rank.
+        start: seconds to start any operation.
+        measured: links inside a node by operation ("all-reduce", "all-gather", "reduce-scatter"), where each operation
+            was measured by itself.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Network:
     measured: Mapping[str, Link] = field(default_factory=dict)
 
     def seconds(self, operation: str, ranks: int, size: float) -> float:
-        """Of one operation.
+        """Compute the seconds of one operation.
 
-        Where there are several nodes, each rank talks to those of its own number in other nodes: a reduce-scatter
-        inside the node comes before, and an all-gather inside the node after it.
+        With several nodes, each rank communicates with the ranks of its own number in other nodes. A reduce-scatter
+        inside the node comes before that, and an all-gather inside the node comes after it.
 
         Args:
             operation: "all-reduce", "all-gather" or "reduce-scatter".
@@ -80,22 +80,22 @@ class Network:
 
 
 def _ring(n: int, size: float, link: Link) -> float:
-    """An all-gather or a reduce-scatter."""
+    """Compute the seconds of an all-gather or a reduce-scatter in a ring."""
     return (n - 1) * link.latency + (n - 1) / n * size / link.bandwidth
 
 
 def _doubling(n: int, size: float, link: Link) -> float:
-    """An all-reduce of a small message."""
+    """Compute the seconds of an all-reduce of a small message."""
     return math.ceil(math.log2(n)) * (link.latency + size / link.bandwidth)
 
 
 def _tree(n: int, size: float, link: Link) -> float:
-    """A reduction, or a broadcast, in pieces that follow each other through two trees."""
+    """Compute the seconds of a reduction or a broadcast in pieces, which follow each other through two trees."""
     return math.ceil(math.log2(n)) * link.latency + (size / link.bandwidth if n > 1 else 0.0)
 
 
-# NCCL's own model of its protocol Simple (src/graph/tuning.cc of version 2.2x): the start of an operation, and a hop of
-# a ring over NVLink, PCIe and a network.
+# NCCL's own model of its protocol Simple (src/graph/tuning.cc of version 2.2x): seconds to start an operation, and per
+# hop of a ring over NVLink, PCIe and a network.
 NCCL_START = 8.4e-6
 NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 3.4e-6, 5.7e-6, 14e-6
 
@@ -108,18 +108,18 @@ NETWORKS = {
         Network("dgx-h100", 8, Link(NVLINK_HOP, 450e9), Link(NETWORK_HOP, 50e9), NCCL_START),
         # NVIDIA DGX B200 datasheet (2024): 8 GPUs, NVLink 1.8 TB/s both ways together, 8 × 400 Gb/s InfiniBand.
         Network("dgx-b200", 8, Link(NVLINK_HOP, 900e9), Link(NETWORK_HOP, 50e9), NCCL_START),
-        # A server as many laboratories have it (an assumption, of no data sheet): 8 GPUs on PCIe 4.0 x16, of 32 GB/s,
-        # and one network card of 100 Gb/s, which they share.
+        # A server as many laboratories have (an assumption, not from a data sheet): 8 GPUs on PCIe 4.0 x16 with 32 GB/s
+        # each, which share a network card of 100 Gb/s.
         Network("pcie-100g", 8, Link(PCIE_HOP, 32e9), Link(NETWORK_HOP, 12.5e9 / 8), NCCL_START),
     )
 }
 
 
 def find_network(name: str) -> Network:
-    """The network of that name, in any case.
+    """Look up a network by its name, in any case.
 
     Raises:
-        ConfigError: there is none; lists those there are.
+        ConfigError: there is none of that name; lists all names.
     """
     if name.lower() in NETWORKS:
         return NETWORKS[name.lower()]

@@ -1,4 +1,4 @@
-"""The picture of weak scaling: a step's terms, efficiency, and bytes as K grows."""
+"""The picture of weak scaling: terms of a step, efficiency, and bytes as K grows."""
 
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,16 @@ COLOURS = {
 }
 LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555", "#8c564b"]
 MARKS = ["o", "s", "^", "D", "v", "P"]
-# A term that is nowhere this share of a step is too thin to be seen, and left out of the legend.
+# A term below this share of every step is too thin to see, and is left out of the legend.
 VISIBLE = 0.002
 
 
 def draw(path: Path, rows: list[dict[str, Any]], *, shown: str, shape: Shape, title: str) -> None:
-    """Terms of one strategy, efficiency of all of them, and bytes of the merge and of the hub's gather.
+    """Draw the terms of one strategy, the efficiency of all, and the bytes of the merge and of a gather at a hub.
 
     Args:
         rows: of the projection, GPUs ascending for each strategy.
-        shown: strategy whose terms are shown.
+        shown: the strategy whose terms are shown.
         shape: of the model.
     """
     figure, (terms, gain, size) = plt.subplots(
@@ -63,8 +63,8 @@ def _draw_terms(axes: Any, rows: list[dict[str, Any]]) -> None:
     for place, top in zip(places, below, strict=True):
         axes.annotate(f"{top:.3g}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(places, [f"{row['gpus']:,}" for row in rows])
-    axes.set_xlabel("GPUs, each with as many tiles")
-    axes.set_ylabel("seconds a step")
+    axes.set_xlabel("GPUs, each with equally many tiles")
+    axes.set_ylabel("seconds per step")
     axes.set_ylim(0, 1.45 * max(below))
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
 
@@ -87,7 +87,7 @@ def _draw_efficiency(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.minorticks_off()
     axes.set_ylim(0, 108)
     axes.set_xlabel("GPUs")
-    axes.set_ylabel("tiles/s a GPU, % of those of 1 GPU")
+    axes.set_ylabel("tiles/s per GPU, % of those of 1 GPU")
     axes.set_title("Efficiency, modelled", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
 
@@ -102,7 +102,7 @@ def _draw_bytes(axes: Any, ks: list[int], shape: Shape) -> None:
         color="#8c564b",
     )
     axes.annotate(
-        "merge of pooled features, here: whatever K is",
+        "merge of pooled features, here: the same for any K",
         (ks[0], merge_bytes(shape.pooled)),
         xytext=(0, 7),
         fontsize=9,
@@ -115,5 +115,5 @@ def _draw_bytes(axes: Any, ks: list[int], shape: Shape) -> None:
     axes.set_yscale("log")
     axes.set_ylim(merge_bytes(shape.pooled) / 5, 5 * hub_bytes(ks[-1], shape.dim))
     axes.set_xlabel("K, tiles of the slide")
-    axes.set_ylabel("bytes a step")
+    axes.set_ylabel("bytes per step")
     axes.set_title("What aggregation sends", loc="left", fontsize=11)

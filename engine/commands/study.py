@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
+from tabulate import tabulate
 from torch.utils.tensorboard import SummaryWriter
 
 from slidescale.engine.commands.recipe import command, demo_defaults, is_study
@@ -30,7 +31,6 @@ from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation.metrics import HEADLINES, SHOWN
 from slidescale.engine.files import replacing, save_png, write_csv, write_text
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.markdown import table
 from slidescale.engine.parallel.mesh import is_main_rank, join
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process.stopping import keep_advice
@@ -239,7 +239,7 @@ def tell(outcomes: Sequence[Outcome], metric: str) -> str:
                 f"{statistics.median(outcome.seconds for outcome in mine) / 60:.1f}",
             ]
         )
-    return table(header, rows)
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
 def write_page(page: Path, about: str, text: str, folder: Path, argv: Sequence[str], ranks: int) -> None:

@@ -1,6 +1,9 @@
 """Pages of results: Markdown in which each command replaces its own section."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from tabulate import tabulate
 
 from slidescale.engine.files import write_text
 
@@ -13,3 +16,8 @@ def write_section(page: Path, head: str, name: str, text: str) -> None:
         content += f"\n{begin}{end}"
     before, rest = content.split(begin)
     write_text(page, f"{before}{begin}{text.strip()}\n{end}{rest.split(end)[1]}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table as Markdown; cells stay as they are written."""
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)

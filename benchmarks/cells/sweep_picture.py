@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# One colour for each policy and baseline; baselines are in greys and browns.
+# A colour per policy and baseline; baselines are grey and brown.
 COLOURS = {
     "recompute": "#0072b2",
     "auto": "#009e73",
@@ -21,17 +21,17 @@ COLOURS = {
     "frozen": "#c9b45a",
 }
 STYLES = ["-", "--", ":", "-."]
-# Of each decade of a vertical axis, what is labelled.
+# Labelled ticks of each decade of a vertical axis.
 SUBDIVISIONS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 MARKS = ["o", "s", "^", "D", "v", "P"]
 
 
 def draw(path: Path, lines: list[tuple[str, list[dict[str, Any]]]], *, limit_gib: float | None) -> None:
-    """Memory and throughput against K, both axes logarithmic, a line a configuration.
+    """Draw memory and throughput against K, both axes logarithmic, one line per configuration.
 
     Args:
-        lines: name and rows (K ascending) of each.
-        limit_gib: of memory, drawn where there is one.
+        lines: name and rows (K ascending) of each configuration.
+        limit_gib: memory limit of a rank, drawn where there is one.
     """
     figure, (memory, speed) = plt.subplots(1, 2, figsize=(12.5, 5.2), layout="constrained")
     kinds: dict[str, int] = {}
@@ -58,8 +58,8 @@ def draw(path: Path, lines: list[tuple[str, list[dict[str, Any]]]], *, limit_gib
             f"limit {limit_gib:g} GiB", (ks[0], limit_gib), xytext=(0, 4), textcoords="offset points", fontsize=9
         )
     _leave_out_frozen(speed, lines)
-    memory.set_ylabel("peak memory of a rank, GiB")
-    speed.set_ylabel("tiles/s, of all ranks together")
+    memory.set_ylabel("peak memory per rank, GiB")
+    speed.set_ylabel("tiles/s of all ranks together")
     for axes in (memory, speed):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -89,7 +89,7 @@ def draw(path: Path, lines: list[tuple[str, list[dict[str, Any]]]], *, limit_gib
 
 
 def _mark_end(axes: Any, done: list[dict[str, Any]], row: dict[str, Any], limit_gib: float | None, colour: str) -> None:
-    """A cross where memory ended, at the limit, on the way from the last K that could be run."""
+    """Draw a cross at the limit, where memory ended, and a dotted line to it from the last K that could be run."""
     height = limit_gib or (done[-1]["peak_gib"] * row["k"] / done[-1]["k"] if done else 1.0)
     if done:
         ends = ([done[-1]["k"], row["k"]], [done[-1]["peak_gib"], height])
@@ -98,7 +98,7 @@ def _mark_end(axes: Any, done: list[dict[str, Any]], row: dict[str, Any], limit_
 
 
 def _leave_out_frozen(axes: Any, lines: list[tuple[str, list[dict[str, Any]]]]) -> None:
-    """Scale the axis to what trains the encoder; what does not is a hundred times as fast, and told in words."""
+    """Scale the axis to ways that train the encoder; the frozen one, a hundred times as fast, is written in words."""
     speeds: dict[bool, list[float]] = {False: [], True: []}
     for _, rows in lines:
         speeds[rows[0]["policy"] == "frozen"] += [row["tiles_per_s"] for row in rows if row["status"] == "ok"]
