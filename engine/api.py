@@ -3,9 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-# SHIM
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -15,35 +12,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.config import Config, MemoryConfig, OptimConfig, ParallelConfig, PolicyName, RunConfig
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory.offload_disk import DiskOffload
-from slidescale.engine.memory.offload_host import HostOffload
+from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.models.trial import _without_content as meta_copy
 from slidescale.engine.parallel.mesh import Mesh, join
 from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
 from slidescale.engine.strategies.strategy import Strategy
 from slidescale.engine.training.bags import Bag, to_step
+from slidescale.engine.training.plan import make_offload, measure_model, plan_step
 from slidescale.engine.training.step import Loss, Planned, Step, StepResult, TrainStep
 from slidescale.engine.training.weights import write_weights
-
-Holding: Any = SimpleNamespace(of=lambda *a: None)
-measure_model: Any = None
-plan_step: Any = None
-
-
-def make_offload(memory: MemoryConfig, mesh: Mesh) -> Any:
-    if memory.policy != "offload":
-        return None
-    if memory.offload_to == "host" or (memory.offload_to == "auto" and mesh.device.type == "cuda"):
-        return HostOffload(mesh.device)
-    assert memory.offload_folder is not None
-    return DiskOffload(memory.offload_folder, mesh.world.rank)
-
-
-# END SHIM
 
 
 def make_step(

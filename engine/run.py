@@ -219,7 +219,7 @@ def _encode_cohort(
         precision="bf16" if place.bf16 else "fp32",
         dim=model.encoder.dim,
     )
-    chunk = plan_encoding(model, reader.blank(1)[0], config.memory, mesh=place.mesh, device=place.device)
+    chunk = plan_encoding(model, reader.blank(1)[0], config.memory, mesh=place.mesh)
     encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
     return FeatureReader(store, threads=config.data.readers, pin=place.device.type == "cuda")
 
