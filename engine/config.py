@@ -393,9 +393,9 @@ class Config:
             )
         if self.model.aggregator is not None:
             rule = f"is for the built-in aggregator, and --model.aggregator is {self.model.aggregator}"
-            names = ("pooling", "slide_norm", "hidden_dim", "attention_dim", "attention_branches", "attention_dropout")
-            names += ("dropout", "transformer_layers", "transformer_heads")
-            _refuse_unread(self, {f"model.{name}": rule for name in names})
+            built_in = ["pooling", "slide_norm", "hidden_dim", "attention_dim", "attention_branches"]
+            built_in += ["attention_dropout", "dropout", "transformer_layers", "transformer_heads"]
+            _refuse_unread(self, {f"model.{name}": rule for name in built_in})
         if self.model.pooling != "gated_attention":
             rule = f"is for --model.pooling gated_attention, and that is {self.model.pooling}"
             names = ("attention_dim", "attention_branches", "attention_dropout")
