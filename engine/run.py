@@ -13,10 +13,10 @@ from slidescale.engine.api import SlideStep, make_step
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.memory.usage import reset_peak

@@ -13,9 +13,9 @@ from torch import Tensor
 from slidescale.engine.api import make_step
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.demo_drawing import MPP_UM
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
-from slidescale.engine.data.synthetic import MPP_UM
 from slidescale.engine.data.tiling import TileSpec, Tiling
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
 from slidescale.engine.models.make import make_model

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.process.substitute import substitute
 
 # Raised where the model's code looks at values, which fake tensors do not have.
 CONTENT_NEEDED = (
@@ -56,8 +57,8 @@ def fake_copy(model: SlideModel, device: str) -> Iterator[SlideModel]:
     with ExitStack() as stack:
         if device == "cuda" and not torch.cuda.is_available():
             # autocast turns itself off where there is no GPU; nothing here runs on one.
-            stack.enter_context(_set(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
-            stack.enter_context(_set(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
+            stack.enter_context(substitute(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
+            stack.enter_context(substitute(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
 
         def fake(tensor: Tensor) -> Tensor:
@@ -146,14 +147,3 @@ def _copy(model: SlideModel, tensor_for: Callable[[Tensor], Tensor]) -> SlideMod
 
 def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-@contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Exchange an attribute for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

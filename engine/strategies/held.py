@@ -112,9 +112,9 @@ def model_state(footprint: Footprint, holding: Holding) -> ModelState:
     moments = MOMENTS[holding.optimizer]
     # PyTorch updates all tensors at once on a GPU, through temporaries of their size, and one by one on a CPU.
     temporary = 2 * trained if cuda else 2 * FP32 * footprint.largest
-    bucket = (
-        FP32 * holding.reduce_bucket if cuda else min(trained, FP32 * holding.reduce_bucket)
-    )  # a CPU's is touched as it fills
+    bucket = FP32 * holding.reduce_bucket
+    if not cuda:
+        bucket = min(trained, bucket)  # it is touched as it fills
     match holding.strategy:
         case "single":
             return ModelState(weights, trained, moments * trained, 0, temporary)
@@ -131,9 +131,8 @@ def model_state(footprint: Footprint, holding: Holding) -> ModelState:
             return ModelState(weights, trained, state, 0, update)
         case "zero3":
             own, gathered = -(-weights // ranks), min(weights, FP32 * holding.max_live)
-            host = (own if holding.offload_parameters else 0) + (
-                (2 + moments) * shard if holding.offload_optimizer else 0
-            )
+            host = (2 + moments) * shard if holding.offload_optimizer else 0
+            host += own if holding.offload_parameters else 0
             held = ModelState(
                 gathered + (0 if holding.offload_parameters else own),
                 trained + (0 if holding.offload_optimizer else shard),
