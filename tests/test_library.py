@@ -45,9 +45,8 @@ def test_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert len(losses) == 6 and sum(losses[4:]) < sum(losses[:2]), "it learns from each of two slides"
 
 
-def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another, in one process; a DataLoader's workers import the file, so it is one."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+    """One after another, in one process."""
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks("docs/library.md")))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
