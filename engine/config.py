@@ -107,25 +107,10 @@ class DataConfig:
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1 bag")
         _require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "must be distinct")
         _require(len(self.classes) != 1, "data.classes", self.classes, "must be at least two, or none")
-        self._check_supervision()
-        _require(self.demo_slides >= 8, "data.demo_slides", self.demo_slides, "must be at least 8 slides")
-
-    def _check_supervision(self) -> None:
-        """Refuse settings that are another supervision's."""
-        defaults = {each.name: each.default for each in dataclasses.fields(self)} | {"label_map": {}}
-        for names, supervisions in (
-            (("classes", "label_map"), ("classes",)),
-            (("label_columns",), ("multi_label",)),
-            (("event_column", "survival_bins"), ("survival",)),
-            (("label_column",), ("classes", "regression", "survival")),
-        ):
-            for name in names:
-                value, rule = getattr(self, name), f"is for --data.supervision {', '.join(supervisions)}"
-                _require(self.supervision in supervisions or value == defaults[name], f"data.{name}", value, rule)
         labels = self.label_columns
-        _require(self.supervision != "multi_label" or bool(labels), "data.label_columns", labels, "must name a column")
         _require(len(set(labels)) == len(labels), "data.label_columns", labels, "must be distinct")
         _require(self.survival_bins >= 2, "data.survival_bins", self.survival_bins, "must be at least 2")
+        _require(self.demo_slides >= 8, "data.demo_slides", self.demo_slides, "must be at least 8 slides")
 
 
 @dataclass(frozen=True, kw_only=True)

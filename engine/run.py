@@ -18,7 +18,6 @@ from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.memory.usage import reset_peak
 from slidescale.engine.models.make import describe_encoder, make_model
 from slidescale.engine.models.slide_model import SlideModel
@@ -28,7 +27,8 @@ from slidescale.engine.strategies.ds_config import complete_ds_config
 from slidescale.engine.strategies.make import Optimizing
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
-from slidescale.engine.supervision.objective import Objective, fit_objective, make_objective
+from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective, supervision_of
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.frozen import encode_cohort, fingerprint
@@ -62,6 +62,7 @@ def run(config: Config) -> Path:
     """
     note("before the first epoch", RESUME if config.resume else AGAIN)
     check_launcher()
+    check_settings(config.data, config.optim)
     place = choose_place(config)
     reset_peak(place.device)  # an earlier run's, of the same process
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
@@ -128,29 +129,7 @@ def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
 
 
 def _fit_objective(config: Config, manifest: Manifest) -> Objective:
-    weights, names = config.optim.class_weights, manifest.classes
-    if weights:
-        if manifest.supervision not in ("classes", "multi_label"):
-            raise ConfigError(
-                f"--optim.class-weights is {weights}: is for --data.supervision classes and multi_label, and that is "
-                f"{manifest.supervision}"
-            )
-        if len(weights) != len(names):
-            what = "classes" if manifest.supervision == "classes" else "labels"
-            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
-    if config.optim.censored_alpha and manifest.supervision != "survival":
-        raise ConfigError(
-            f"--optim.censored-alpha is {config.optim.censored_alpha}: is for --data.supervision survival, and that is "
-            f"{manifest.supervision}"
-        )
-    return fit_objective(
-        manifest.supervision,
-        len(names),
-        [row.target for row in manifest.split("train")],
-        class_weights=weights,
-        survival_bins=config.data.survival_bins,
-        censored_alpha=config.optim.censored_alpha,
-    )
+    return fit_objective(manifest.classes, [row.target for row in manifest.split("train")], config)
 
 
 def _recorded_objective(config: Config, mesh: Mesh) -> Objective | None:
@@ -303,10 +282,11 @@ def _open_log(config: Config, folder: Path, cohort: Cohort, progress: Progress, 
         step=progress.step,
         again=progress.unreported is not None and bool(progress.unreported.last_scalars),
     )
+    headline = supervision_of(config.data.supervision).headline
     run_log.hyperparameters(
         config.flat(),
         Config(run=RunConfig(name=config.run.name)).flat(),
-        best_names(config.data.supervision),
-        HEADLINES[config.data.supervision],
+        best_names(headline),
+        headline,
     )
     return run_log

@@ -42,7 +42,7 @@ from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training import frozen
 from slidescale.engine.training.frozen import deal, encode_cohort, encode_slide, fingerprint
 

@@ -24,7 +24,7 @@ from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.ds_config import complete_ds_config
 from slidescale.engine.strategies.make import Optimizing
 from slidescale.engine.strategies.schedule import Schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
 from slidescale.kernels.dispatch import choose_kernels
 

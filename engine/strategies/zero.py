@@ -36,7 +36,7 @@ from slidescale.engine.strategies.strategy import (
     gradient_norms,
 )
 
-# DeepSpeed looks for an accelerator when it is imported; it is given what `pick_device` finds by the same question.
+# DeepSpeed looks for an accelerator when it is imported; this gives it the one that `pick_device` finds.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.ops.op_builder.builder import OpBuilder
@@ -293,8 +293,8 @@ def _without_shared_memory() -> Iterator[None]:
     """Make a DeepSpeed backend that does not share memory between a machine's ranks.
 
     It would for one collective, of tensor-parallel inference, which training never calls. For that it compiles an
-    operator for a minute, leaves 66 MiB per rank in /dev/shm when one is killed, and waits for ever, deaf to signals,
-    for the memory of a rank that has died or is on another machine.
+    operator for a minute, leaves 66 MiB per rank in /dev/shm when a rank is killed, and waits for ever, deaf to
+    signals, for the memory of a rank that has died or is on another machine.
     """
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package, this is PyTorch
     with substitute(backend, "build_shm_op", lambda: None):

@@ -10,6 +10,7 @@ from slidescale.engine.data.manifest import Manifest
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.supervision.make import supervision_of
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +37,16 @@ def open_cohort(config: Config, manifest: Manifest, folder: Path, mesh: Mesh) ->
 
 
 def _describe(cohort: Cohort) -> None:
-    manifest, names = cohort.manifest, cohort.manifest.classes
-    if manifest.supervision == "classes":
-        of = f"those of {names[1]}" if len(names) == 2 else "of each, and the mean"
-        log.info(
-            "classes: %s (--data.classes gives another order); probabilities and AUROC are %s", ", ".join(names), of
-        )
+    manifest = cohort.manifest
+    if words := supervision_of(manifest.supervision).describe(manifest.classes):
+        log.info("%s", words)
     if not cohort.usable("val"):
         log.warning("no slide is in split 'val': no epoch can be chosen as the best, and the last one is kept")
     for split in ("train", "val", "test"):
         if rows := cohort.usable(split):
             tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)
             log.info(
-                "%-5s %d slides, %s tissue tiles a slide (median %d)",
+                "%-5s %d slides, %s tissue tiles per slide (median %d)",
                 split,
                 len(rows),
                 f"{tiles[0]} to {tiles[-1]}",
