@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from slidescale.engine.commands import recipe
+from slidescale.engine.commands.export import ExportRequest, export_encoder
+from slidescale.engine.commands.heatmap import HeatmapRequest, draw_heatmap
+from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, ModelConfig, RunConfig
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.dropout import KeyedDropout
 from slidescale.engine.models.gathered import Gathered
 from slidescale.engine.models.make import make_model
+
+from conftest import read_csv
+from test_training import make_config
 
 MODULE = """
 import torch
@@ -103,3 +110,20 @@ def test_settings_of_the_built_in_aggregator_are_refused() -> None:
     model = ModelConfig(aggregator="my_slide_models:MeanOfTiles", pooling="mean")
     with pytest.raises(ConfigError, match="--model.pooling is 'mean': is for the built-in aggregator"):
         Config(run=RunConfig(name="own"), model=model)
+
+
+def test_a_run_with_own_modules(own_module: str, demo_manifest: Path, tmp_path: Path) -> None:
+    """It trains, validates and predicts; what its aggregator or encoder cannot give is refused."""
+    config = make_config(demo_manifest, tmp_path, epochs=1)
+    model = ModelConfig(encoder=f"{own_module}:TwoConvolutions", aggregator=f"{own_module}:MeanOfTiles")
+    folder = recipe.run(replace(config, model=model))
+    assert not list((folder / "heatmaps").glob("*")), "there are no weights to draw"
+    assert all(int(row["k"]) > 100 for row in read_csv(folder / "predictions.csv"))
+    slide = next(demo_manifest.parent.glob("slides/*"))
+    out = tmp_path / "predictions.csv"
+    predict_slides(PredictRequest(run=folder, slides=(slide,), out=out))
+    assert 0 < float(read_csv(out)[0]["probability_mutant"]) < 1
+    with pytest.raises(UserError, match="my_slide_models:MeanOfTiles, gives tiles no weights to draw"):
+        draw_heatmap(HeatmapRequest(run=folder, slide=slide, out=tmp_path / "heatmaps"))
+    with pytest.raises(ConfigError, match="my_slide_models:TwoConvolutions, is not one that timm can build"):
+        export_encoder(ExportRequest(run=folder, out=tmp_path / "encoder.safetensors"))

@@ -59,13 +59,14 @@ def imports(path: Path, root: Path = ROOT) -> Iterator[tuple[str, str, int]]:
 
 
 def upward(root: Path = ROOT) -> list[str]:
-    """Imports that do not go down."""
-    return [
+    """Imports that do not go down, each once."""
+    found = [
         f"{path.relative_to(root)}:{line}: {room} imports {other}"
         for path in files(root)
         for room, other, line in imports(path, root)
         if FLOOR[other] <= FLOOR[room]
     ]
+    return list(dict.fromkeys(found))
 
 
 def test_imports_go_down() -> None:

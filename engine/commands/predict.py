@@ -96,12 +96,26 @@ class PredictRequest(ComputeSettings):
 
 
 class SlidePrediction(NamedTuple):
-    """What `Objective.predict` says `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1."""
+    """The result of `Objective.predict` `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1.
+
+    The weights are None where the run's aggregator gives none.
+    """
 
     file: NamedFile
     tiling: Tiling
     output: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray | None
+
+
+def attention_of(answer: SlidePrediction, run: TrainedRun) -> np.ndarray:
+    """The weights of a slide's tiles, for a picture.
+
+    Raises:
+        SlideError: the run's aggregator gives none.
+    """
+    if answer.weights is None:
+        raise SlideError(f"{run.folder}: its aggregator, {run.config.model.aggregator}, gives tiles no weights to draw")
+    return answer.weights
 
 
 class Failure(NamedTuple):
@@ -247,8 +261,8 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             continue
         name = answer.file.slide_id
         shown = kind.output_cells(run.classes, answer.output)
-        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
-        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.tiling.coords)), answer.output
+        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.tiling.coords))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
         if request.heatmaps is not None and world.rank == 0:
             try:
@@ -258,7 +272,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
                         name,
                         slide,
                         answer.tiling,
-                        answer.weights,
+                        attention_of(answer, predictor.run),
                         model=run.title,
                         says=predictor.says(answer),
                     )

@@ -14,6 +14,7 @@ from slidescale.engine.config import Config, OptimConfig, ParallelConfig
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.strategies.held import optimizer_of
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, Schedule
 from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
@@ -81,7 +82,7 @@ class Optimizing:
             partial(parameter_groups, config=config),
             None if "optimizer" in named else partial(make_optimizer, config=config),
             None if "scheduler" in named else partial(GroupSchedule, config=config, schedule=schedule),
-            str(named.get("optimizer", {}).get("type", config.optimizer)).lower(),
+            optimizer_of(config, ds_config),
         )
 
     @classmethod

@@ -626,7 +626,7 @@ def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]
     objective = CrossEntropy((), 2).to(device())
     rows = cohort.usable("train")
     found = evaluate(model, rows, cohort, reader, objective, mesh, case.chunk, device())  # type: ignore[arg-type]
-    return [(each.row.slide_id, each.loss, len(each.weights), float(each.weights.sum())) for each in found.predictions]
+    return [(each.row.slide_id, each.loss, each.tiles, float(each.weights.sum())) for each in found.predictions]
 
 
 def fail_alone(group: TileGroup, case: Case, told: Path) -> None:
