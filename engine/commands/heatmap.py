@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from slidescale.engine.commands.predict import ComputeSettings, Failure, start_predictor
+from slidescale.engine.commands.predict import ComputeSettings, Failure, attention_of, start_predictor
 from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import MAX_PX, write_attention
@@ -65,7 +65,7 @@ def draw_heatmap(request: HeatmapRequest) -> None:
                     answer.file.slide_id,
                     slide,
                     answer.tiling,
-                    answer.weights,
+                    attention_of(answer, predictor.run),
                     model=predictor.run.title,
                     says=predictor.says(answer),
                     max_px=request.max_px,

@@ -30,7 +30,7 @@ from slidescale.engine.config import Config, MemoryConfig
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import replacing, save_png, write_csv, write_text
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import is_main_rank, join
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process.stopping import keep_advice
 from slidescale.engine.run import run
@@ -135,7 +135,7 @@ def main(
         keep_advice("what is finished is not run again: give the same command to go on")
         folder = study.config.run.out / study.config.run.name
         begin = time.perf_counter()
-        world = _start_world(study.config)
+        world = join().world
         outcomes = run_study(arms_of(study), study.seeds, folder, run, world)
         if world.rank == 0:
             metric = supervision_of(study.config.data.supervision).headline
@@ -287,15 +287,6 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
             if defined := [each.metric for each in mine if each.metric is not None]:
                 board.add_scalar(f"k_study/val_{metric}/{kind}", statistics.median(defined), at)
     return picture
-
-
-def _start_world(config: Config) -> RankGroup:
-    """All ranks that a launcher has started, or this process alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return RankGroup()
-    device = pick_device(int(os.environ.get("LOCAL_RANK", max(0, config.local_rank))))
-    start_world(device)
-    return make_mesh(device, "all").world
 
 
 def _look_for(config: Config) -> tuple[Path | None, bool]:
