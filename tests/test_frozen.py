@@ -23,7 +23,7 @@ from torch import Tensor
 from slidescale.engine import logger
 from slidescale.engine import run as run_module
 from slidescale.engine.commands import recipe as main
-from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.config import Config, ModelConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
 from slidescale.engine.data.features import FeatureReader, FeatureStore
@@ -45,41 +45,19 @@ from slidescale.engine.supervision.objective import CrossEntropy
 from slidescale.engine.training import frozen
 from slidescale.engine.training.frozen import encode_cohort, encode_slide, fingerprint
 
-from conftest import damage, read_csv
+from support.frozen import make_frozen_config, write_weights
+from support.recipes import load
+from support.slides import damage
+from support.tables import read_csv
 from support.worlds import PATIENCE_S, World, free_port
-from test_recipes import load
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 
 
-def write_weights(path: Path, seed: int = 1) -> Path:
-    """Of a network with BatchNorm layers whose statistics are not those it starts with."""
-    torch.manual_seed(seed)
-    encoder = Encoder("test_resnet", tile_px=64)
-    state = {
-        name: torch.rand_like(value) + 0.5 if "running_var" in name else value
-        for name, value in encoder.backbone.state_dict().items()
-    }
-    torch.save(state, path)
-    return path
-
-
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     return write_weights(tmp_path / "weights.pth")
-
-
-def make_config(manifest: Path, out: Path, weights: Path, *, frozen: bool = True, **changes: Any) -> Config:
-    return Config(
-        run=RunConfig(**({"name": "t", "out": out, "epochs": 1, "precision": "fp32", "heatmaps": 0} | changes)),
-        data=DataConfig(manifest=manifest, tile_px=64, k=12, classes=("wild_type", "mutant"), max_excluded=0.25),
-        model=ModelConfig(
-            encoder="test_resnet", weights=weights, frozen=frozen, hidden_dim=16, attention_dim=8, dropout=0.0
-        ),
-        memory=MemoryConfig(chunk=64),
-        optim=OptimConfig(optimizer="sgd", lr=0.02, clip=0.5),
-    )
 
 
 @pytest.fixture
@@ -116,7 +94,7 @@ def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
 
 
 def test_features_are_the_encoders_own(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
-    config = make_config(demo_manifest, tmp_path, weights)
+    config = make_frozen_config(demo_manifest, tmp_path, weights)
     folder = main.run(config)
     files = kept(tmp_path)
     rows = read_manifest(demo_manifest, config.data).rows
@@ -141,7 +119,7 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
     demo_manifest: Path, tmp_path: Path, weights: Path
 ) -> None:
     """An epoch, from the files, without the engine's feed, step and reader."""
-    config = make_config(demo_manifest, tmp_path, weights)
+    config = make_frozen_config(demo_manifest, tmp_path, weights)
     folder = main.run(config)
     rows = [row for row in read_manifest(demo_manifest, config.data).rows if row.split == "train"]
     assert len(rows) >= 3
@@ -173,8 +151,8 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
 
 def test_it_starts_as_end_to_end_does(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
     """The same bags, and the same aggregator: only what trains differs."""
-    frozen = main.run(make_config(demo_manifest, tmp_path, weights, name="frozen"))
-    trained = main.run(make_config(demo_manifest, tmp_path, weights, name="trained", frozen=False))
+    frozen = main.run(make_frozen_config(demo_manifest, tmp_path, weights, name="frozen"))
+    trained = main.run(make_frozen_config(demo_manifest, tmp_path, weights, name="trained", frozen=False))
     first, second = losses(frozen), losses(trained)
     assert first[0] == pytest.approx(second[0], rel=1e-5)
     assert first[-1] != pytest.approx(second[-1], rel=1e-5)
@@ -185,26 +163,26 @@ def test_it_starts_as_end_to_end_does(demo_manifest: Path, tmp_path: Path, weigh
 def test_a_second_run_reads_and_does_not_encode(
     demo_manifest: Path, tmp_path: Path, weights: Path, encoded: Callable[[], int]
 ) -> None:
-    first = main.run(make_config(demo_manifest, tmp_path, weights))
+    first = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     files = kept(tmp_path)
     tiles = {name: len(load_file(file)["coords"]) for name, file in files.items()}
     assert encoded() == sum(tiles.values()), "each tile once"
-    second = main.run(make_config(demo_manifest, tmp_path, weights))
+    second = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == 0
     assert losses(first) == losses(second)
 
     spoilt, *_ = files
     files[spoilt].write_bytes(files[spoilt].read_bytes()[:-100])
-    main.run(make_config(demo_manifest, tmp_path, weights))
+    main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == tiles[spoilt], "a file that is cut short is written again"
 
     write_weights(weights, seed=2)
-    third = main.run(make_config(demo_manifest, tmp_path, weights))
+    third = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == sum(tiles.values()), "other weights, by the same name"
     assert losses(third) != losses(first)
     assert len(list((tmp_path / "features").iterdir())) == 2
     write_weights(weights, seed=3)
-    longer = make_config(demo_manifest, tmp_path, weights, epochs=2)
+    longer = make_frozen_config(demo_manifest, tmp_path, weights, epochs=2)
     with pytest.raises(UserError, match="--resume: .*was begun with other weights of the frozen encoder"):
         main.run(dataclasses.replace(longer, resume=True))
 
@@ -306,7 +284,7 @@ def test_a_slow_rank_is_waited_for_outside_of_collectives(
     demo_manifest: Path, tmp_path: Path, weights: Path, world: Callable[..., World]
 ) -> None:
     """These have a time limit; and the others take the slides that it does not come to, largest first."""
-    config = make_config(demo_manifest, tmp_path, weights)
+    config = make_frozen_config(demo_manifest, tmp_path, weights)
     fast, slow = world(2).run(encode_beside_a_slow_rank, config)
     tiles = [len(load_file(file)["coords"]) for file in kept(tmp_path).values()]
     assert sorted(fast + slow) == sorted(tiles), "each slide once"
@@ -340,7 +318,7 @@ def test_encoding_tells_how_far_it_is(
     """Without a terminal, in lines."""
     monkeypatch.setattr(logger, "LINE_EVERY_S", 0.0)
     with caplog.at_level("INFO", logger="slidescale"):
-        main.run(make_config(demo_manifest, tmp_path, weights))
+        main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     told = re.findall(r"encoding: ([\d,]+) of ([\d,]+) tiles \((\d+)%\), [\d.,]+ tiles/", caplog.text)
     assert len(told) >= len(kept(tmp_path))
     done = [int(words[0].replace(",", "")) for words in told]
@@ -353,7 +331,7 @@ def test_unreadable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, weig
     spoilt = [next(row for row in rows if row["split"] == split) for split in ("train", "val")]
     for row in spoilt:
         damage(cohort_copy.parent / row["path"])
-    folder = main.run(make_config(cohort_copy, tmp_path, weights))
+    folder = main.run(make_frozen_config(cohort_copy, tmp_path, weights))
     reasons = {row["slide_id"]: row["reason"] for row in read_csv(folder / "excluded.csv")}
     assert set(reasons) == {row["slide_id"] for row in spoilt}
     assert all("cannot read at" in reason for reason in reasons.values())
@@ -369,7 +347,7 @@ def test_a_full_disk_is_told(
 
     monkeypatch.setattr(features_module, "save_file", fail)
     with pytest.raises(UserError, match="cannot write features to .*No space left"):
-        main.run(make_config(demo_manifest, tmp_path, weights))
+        main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert not kept(tmp_path)
 
 

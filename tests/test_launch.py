@@ -11,17 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import damage, edit_manifest, read_csv
+from support.launches import PATIENCE_S, ROOT, SMALL, environment, losses
+from support.slides import damage
+from support.tables import edit_manifest, read_csv
 from support.worlds import free_port
 
-ROOT = Path(__file__).parent.parent
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-SMALL = ["--data.tile-px", "64", "--data.k", "10", "--model.encoder", "test_vit", "--memory.chunk", "16"]
-SMALL += ["--data.classes", "wild_type", "mutant", "--model.no-pretrained"]
-SMALL += ["--data.max-excluded", "0.2", "--model.dropout", "0", "--run.heatmaps", "1", "--run.precision", "fp32"]
 PORT = str(free_port())
-# A launcher that has not ended by then hangs, also on a machine that is busy with other things.
-PATIENCE_S = 1500
 
 
 def command(manifest: Path, out: Path, *extra: str, ranks: int | None) -> list[str]:
@@ -33,20 +29,8 @@ def command(manifest: Path, out: Path, *extra: str, ranks: int | None) -> list[s
     return [*launcher, *recipe, "--deepspeed_config", "ds.json"]
 
 
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-
-
 def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
-
-
-def losses(folder: Path) -> list[float]:
-    """Training losses, a step each, from TensorBoard."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """Each recipe as users start it, on its demo data, with two ranks; and its settings for a study."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +14,8 @@ from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.foundation import find_foundation_model
 
-from conftest import read_csv
+from support.recipes import load
+from support.tables import read_csv
 from support.worlds import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +23,6 @@ RECIPES = ("egfr", "breast", "finetune_vit", "frozen_baseline")
 # Of a demo, as little as can be: its own network, rates and classes stay.
 LITTLE = ["--data.demo-slides", "8", "--run.epochs", "1", "--run.heatmaps", "0", "--data.min-tissue", "0.98"]
 PATIENCE_S = 1500
-
-
-def load(name: str) -> ModuleType:
-    """A recipe's settings; its call is for a script only."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from test_launch import PATIENCE_S, ROOT, SMALL, environment, losses
+from support.launches import PATIENCE_S, ROOT, SMALL, environment, losses
 
 BIN = Path(sys.executable).parent
 RENDEZVOUS = "node-a:29500"  # nobody else is in the namespaces, so any port is free

@@ -20,8 +20,8 @@ from slidescale.engine.process.stopping import AGAIN, RESUME, listening, note
 from slidescale.engine.training.checkpoint import Checkpoints
 from slidescale.engine.training.trainer import Trainer
 
+from support.runs import make_config
 from support.worlds import free_port
-from test_training import make_config
 
 BIN = Path(sys.executable).parent
 # Whatever takes so long hangs.

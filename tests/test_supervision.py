@@ -30,8 +30,8 @@ from slidescale.engine.supervision.objective import (
     survival_edges,
 )
 
-from conftest import edit_manifest, read_csv
-from test_training import make_config
+from support.runs import make_config
+from support.tables import edit_manifest, read_csv
 
 NAN = math.nan
 LOGITS = [0.3, -1.2, 2.1, 0.7, -0.4]
