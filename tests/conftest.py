@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from slidescale.engine.data import retry
 from slidescale.engine.data.synthetic import write_demo_cohort
 
 from support.networks import NARROW
 from support.worlds import World
+
+MadeOnce = Callable[[str, Callable[[Path], Path]], Path]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
@@ -25,12 +28,27 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Files whose tests take longest, from the longest: where workers share the tests, none waits for them at the end.
+LONGEST = ()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for GPUs are skipped, with the reason, where there are none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
+    """Skip tests for GPUs, with the reason, where there are none; and deal out the others to workers.
+
+    A file's tests go to one worker (`--dist loadgroup`), except that all tests in worlds of ranks go to the same one,
+    which starts each world once.
+    """
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(("worlds", *LONGEST))}
+        items.sort(key=lambda item: places.get(_group_of(item), len(places)))
+
+
+def _group_of(item: pytest.Item) -> str:
+    return "worlds" if "world" in getattr(item, "fixturenames", ()) else item.path.stem
 
 
 @pytest.fixture(autouse=True)
@@ -65,28 +83,55 @@ def world() -> Iterator[Callable[..., World]]:
 
 
 @pytest.fixture(scope="session")
-def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Return what a function makes in a folder of a given name; workers share it, so nobody may change it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def get(name: str, make: Callable[[Path], Path]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed at it
+                folder.mkdir()
+                made.write_text(str(make(folder)), encoding="utf-8")
+        return Path(made.read_text(encoding="utf-8"))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def demo_manifest(made_once: MadeOnce) -> Path:
     """Manifest of a demo cohort of 12 slides; not to be changed."""
-    return write_demo_cohort(tmp_path_factory.mktemp("demo"), slides=12)
+    return made_once("demo", lambda folder: write_demo_cohort(folder, slides=12))
 
 
 @pytest.fixture(scope="session")
-def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_run(demo_manifest: Path, made_once: MadeOnce) -> Path:
     """Folder of an fp32 run of two epochs on the demo cohort; not to be changed."""
-    # Not above: it imports Triton, before TRITON_INTERPRET is set.
-    from slidescale.engine.commands import recipe as main
 
-    from support.runs import make_config
+    def train(folder: Path) -> Path:
+        # Not above: they import Triton, before TRITON_INTERPRET is set.
+        from slidescale.engine.commands import recipe as main
 
-    return main.run(make_config(demo_manifest, tmp_path_factory.mktemp("trained")))
+        from support.runs import make_config
+
+        return main.run(make_config(demo_manifest, folder))
+
+    return made_once("trained", train)
 
 
 @pytest.fixture(scope="session")
-def sharp_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharp_run(made_once: MadeOnce) -> Path:
     """A run whose probabilities differ from slide to slide, with a transformer, so that places matter too."""
-    from support.runs import write_run
 
-    return write_run(tmp_path_factory.mktemp("sharp") / "r", transformer_layers=1, transformer_heads=2)
+    def write(folder: Path) -> Path:
+        from support.runs import write_run
+
+        return write_run(folder / "r", transformer_layers=1, transformer_heads=2)
+
+    return made_once("sharp", write)
 
 
 @pytest.fixture(scope="session")

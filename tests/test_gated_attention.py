@@ -4,6 +4,7 @@ Without a GPU, Triton emulates its kernels on the CPU: right in fp32 and fp16, w
 """
 
 from collections.abc import Callable
+from itertools import cycle, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,8 @@ from slidescale.kernels.gated_attention.block_sizes import BlockSizes
 from slidescale.kernels.keyed_random import keyed_uniform
 
 from support.attention import DROPOUT, TOLERANCE, Problem, Results, compare, make_problem, results_of, triton_on_cpu
+from support.grids import rest_in_full
+from support.pairwise import pairwise
 
 
 @pytest.fixture
@@ -94,13 +97,16 @@ def test_gradcheck(attend: Callable[..., Attended], branches: int, dropout: Gate
     assert torch.autograd.gradcheck(pooled, inputs)
 
 
-SIZES = [(dim, width, branches) for dim in (32, 100, 512, 1536) for width in (16, 100, 384) for branches in (1, 3)]
+SIZES = {"dim": (32, 100, 512, 1536), "width": (16, 100, 384), "branches": (1, 3)}
+BAGS = {"k": (0, 1, 7, 129, 1000)}
+# Every two sizes meet in a few; `make test-full` runs all.
+FEW = [tuple(each.values()) for each in pairwise(BAGS | SIZES)]
+PROBLEMS = rest_in_full(FEW, [*product(*(BAGS | SIZES).values())])
 
 
 @triton_on_cpu
 @pytest.mark.usefixtures("poison", "few_blocks")
-@pytest.mark.parametrize(("dim", "width", "branches"), SIZES)
-@pytest.mark.parametrize("k", [0, 1, 7, 129, 1000])
+@pytest.mark.parametrize(("k", "dim", "width", "branches"), PROBLEMS)
 def test_triton_equals_the_definition(launches: list[str], k: int, dim: int, width: int, branches: int) -> None:
     problem = make_problem(k, dim, width, branches)
     for dtype, tolerance in TOLERANCE.items():
@@ -109,8 +115,7 @@ def test_triton_equals_the_definition(launches: list[str], k: int, dim: int, wid
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("dim", "width", "branches"), SIZES)
-@pytest.mark.parametrize("k", [0, 1, 7, 129, 1000])
+@pytest.mark.parametrize(("k", "dim", "width", "branches"), PROBLEMS)
 def test_torch_equals_the_definition(k: int, dim: int, width: int, branches: int) -> None:
     problem = make_problem(k, dim, width, branches)
     for dtype, tolerance in TOLERANCE.items():
@@ -171,8 +176,12 @@ def test_masks(way: Way, counting: str) -> None:
         torch.testing.assert_close(masked.pooled, alone.pooled)
 
 
-@pytest.mark.parametrize("name", ["features", *Gate._fields])
-@pytest.mark.parametrize("width", [10, 16])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    rest_in_full(
+        [*zip(["features", *Gate._fields], cycle([10, 16]))], [*product(["features", *Gate._fields], [10, 16])]
+    ),
+)
 def test_inputs_may_lie_anywhere_in_memory(way: Way, name: str, width: int) -> None:
     """A column of a larger matrix, a transposed one, a row that begins at an odd place."""
     features, gate = way.inputs(make_problem(37, 32, width, 3))
@@ -296,7 +305,7 @@ def test_compiles(way: Way) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dim", "width", "branches"), [*SIZES, (64, 48, 20)])
+@pytest.mark.parametrize(("dim", "width", "branches"), [*product(*SIZES.values()), (64, 48, 20)])
 @pytest.mark.parametrize("k", [0, 1, 7, 129, 1000, 20_011])
 def test_gpu_equals_the_definition(launches: list[str], k: int, dim: int, width: int, branches: int) -> None:
     """The emulator's comparisons, compiled; and more than one stretch of tiles."""

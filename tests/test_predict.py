@@ -97,13 +97,13 @@ def test_slide_norm_keeps_to_the_tolerance(world: GetWorld, tmp_path: Path, real
 def test_predictions_are_those_of_the_run(trained_run: Path, demo_manifest: Path, tmp_path: Path) -> None:
     """From a manifest without labels."""
     rows = read_csv(demo_manifest)
-    unlabelled = demo_manifest.parent / "unlabelled.csv"
+    unlabelled = tmp_path / "unlabelled.csv"
     with unlabelled.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("path", "slide_id"), *((row["path"], row["slide_id"]) for row in rows)])
+        places = [(demo_manifest.parent / row["path"], row["slide_id"]) for row in rows]
+        writer.writerows([("path", "slide_id"), *places])
     out = tmp_path / "new" / "p.csv"
     predict_slides(PredictRequest(run=trained_run, manifest=unlabelled, out=out, chunk=7))
-    unlabelled.unlink()
     found = {row["slide_id"]: row for row in read_csv(out)}
     assert list(found) == [row["slide_id"] for row in rows]
     own = read_csv(trained_run / "predictions.csv")

@@ -31,6 +31,7 @@ from slidescale.engine.training.run_folder import check_same_settings, find_run_
 from slidescale.engine.training.run_slides import check_same_slides
 from slidescale.engine.training.trainer import Trainer
 
+from support.grids import full
 from support.runs import make_config, rows_of, weights_in
 from support.tables import edit_manifest, read_csv
 from support.worlds import World
@@ -67,7 +68,12 @@ def steps_of(folder: Path) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(
     ("where", "epochs", "killed"),
-    [("evaluate", 1, 1), ("evaluate", 3, 2), ("_write_results", 2, 1), ("_report", 1, 1), ("mark_reported", 3, 2)],
+    [
+        ("evaluate", 3, 2),
+        ("_write_results", 2, 1),
+        ("_report", 1, 1),
+        *full(("evaluate", 1, 1), ("mark_reported", 3, 2)),
+    ],
 )
 def test_an_epoch_whose_validation_was_cut_off(
     demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, epochs: int, killed: int
@@ -123,7 +129,7 @@ def run_cut_off_and_resume(group: TileGroup, config: Config) -> None:
     main.run(replace(cut, resume=True))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", *full("fsdp", "zero2")])
 def test_runs_follow_each_other_in_one_world(
     demo_manifest: Path, tmp_path: Path, world: Callable[..., World], strategy: str
 ) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from slidescale.kernels import dispatch
 from slidescale.kernels.tile_prep import blocked, fused, operator, prepare_tiles, reference
 from slidescale.kernels.variant import POINTERS
 
+from support.grids import rest_in_full
+from support.pairwise import pairwise
 from support.tiles import DEVICE, MEAN, STD, random_colour, random_tiles
 
 # fp32's own rounding, of a logarithm, an exponential and nine products; half a unit in the last place of the others.
@@ -45,31 +48,37 @@ def check_close(image: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(image, expected, rtol=limit, atol=limit)
 
 
+# (n, height, width, symmetry)
+TILES = [
+    (0, 5, None, True),
+    (1, 1, None, True),
+    (1, 5, None, False),
+    (7, 5, None, True),
+    (8, 32, None, True),
+    (3, 33, None, True),
+    (8, 33, None, True),
+    (1, 100, None, False),
+    (7, 100, None, True),
+    (3, 33, 100, False),
+    (7, 31, 1, False),
+    (1, 1, 32, False),
+    (3, 32, 5, False),
+]
+WAYS: dict[str, Any] = {
+    "kernels": ("torch", "triton"),
+    "dtype": (torch.float32, torch.float16),
+    "tiles": TILES,
+    "colour": (False, True),
+}
+FEW = [tuple(each.values()) for each in pairwise(WAYS)]
+
+
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("colour", [False, True])
-@pytest.mark.parametrize(
-    ("n", "height", "width", "symmetry"),
-    [
-        (0, 5, None, True),
-        (1, 1, None, True),
-        (1, 5, None, False),
-        (7, 5, None, True),
-        (8, 32, None, True),
-        (3, 33, None, True),
-        (8, 33, None, True),
-        (1, 100, None, False),
-        (7, 100, None, True),
-        (3, 33, 100, False),
-        (7, 31, 1, False),
-        (1, 1, 32, False),
-        (3, 32, 5, False),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kernels", "dtype", "tiles", "colour"), rest_in_full(FEW, [*product(*WAYS.values())]))
 def test_equals_reference(
-    kernels: Any, dtype: torch.dtype, n: int, height: int, width: int | None, symmetry: bool, colour: bool
+    kernels: Any, dtype: torch.dtype, tiles: tuple[int, int, int | None, bool], colour: bool
 ) -> None:
+    n, height, width, symmetry = tiles
     given = arguments(n, height, width, symmetry=symmetry, colour=colour)
     image = prepare_tiles(**given, dtype=dtype, kernels=kernels)
     assert image.shape == (n, 3, height, width or height)

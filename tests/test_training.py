@@ -26,6 +26,7 @@ from slidescale.engine.supervision.objective import CrossEntropy
 from slidescale.engine.training.history import EpochTotals
 from slidescale.engine.training.trainer import Trainer
 
+from support.grids import full
 from support.runs import make_config, weights_in
 from support.slides import Away, damage
 from support.tables import edit_manifest, read_csv
@@ -82,7 +83,7 @@ def test_classes_and_what_metrics_are_of_are_told(
     assert (tmp_path / "train" / "t" / "checkpoints" / "best").resolve().name == "epoch-0002"
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json", "figures", "heatmaps"])
+@pytest.mark.parametrize("name", ["predictions.csv", "figures", *full("metrics.json", "heatmaps")])
 def test_a_result_that_cannot_be_written_does_not_end_the_run(
     demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

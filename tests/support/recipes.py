@@ -1,8 +1,12 @@
 """The recipes' settings."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+
+from slidescale.engine.commands.recipe import main
+from slidescale.engine.config import Config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -14,3 +18,11 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def start(name: str, *words: str, presets: Mapping[str, Config] | None = None) -> None:
+    """Run a recipe in this process, as with these words on its command line; what it refuses ends with SystemExit."""
+    module = load(name)
+    if presets is None and name == "egfr":
+        presets = {"eagle": module.EAGLE}
+    main(str(module.__doc__), default=module.STUDY, demo=module.DEMO, presets=presets, argv=words)
