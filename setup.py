@@ -44,6 +44,7 @@ setup(
         "scipy>=1.15",
         "tyro>=1.0,<2",
         "tabulate>=0.9",
+        "dacite>=1.9,<2",
         "tqdm>=4.66",
         "matplotlib>=3.10",
     ],
@@ -54,6 +55,8 @@ setup(
         "test": [
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
+            "filelock>=3.20",
             "psutil>=6",
             "peft>=0.21,<1",
             "geojson>=3.2",

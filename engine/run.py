@@ -3,8 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,14 @@ import torch
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.evaluation.metrics import HEADLINES
+from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.usage import reset_peak
 from slidescale.engine.models.make import describe_encoder, make_model
@@ -27,6 +27,7 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
 from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import make_strategy
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
@@ -35,7 +36,7 @@ from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_n
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.frozen import encode_cohort, fingerprint
 from slidescale.engine.training.place import Place, choose_allocation, choose_place, meet
-from slidescale.engine.training.plan import make_offload, plan_encoding, plan_run
+from slidescale.engine.training.plan import make_offload, measure_model, plan_encoding, plan_step
 from slidescale.engine.training.run_folder import (
     check_same_settings,
     check_same_subject,
@@ -51,8 +52,6 @@ from slidescale.engine.training.trainer import Trainer, best_names
 from slidescale.engine.units import GIB
 
 log = logging.getLogger(__name__)
-
-MakeModel = Callable[[Config], SlideModel]
 
 
 def run(config: Config) -> Path:
@@ -73,8 +72,7 @@ def run(config: Config) -> Path:
     manifest = manifest or _demo_manifest(config, place.mesh)
     objective = _fit_objective(config, manifest)
     choose_allocation(config, place.device)
-    make = partial(make_model, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels)
-    model = make(config).to(place.device)
+    model = make_model(config, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels).to(place.device)
     describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
     folder = _find_or_open_run_folder(config, manifest, frozen_encoder, place.mesh)
@@ -89,11 +87,12 @@ def run(config: Config) -> Path:
     )
     cohort, reader = _open_cohort(config, place, manifest, folder)
     if frozen_encoder is not None:
-        reader = _encode_cohort(config, place, make, model, frozen_encoder, cohort, reader)
+        reader = _encode_cohort(config, place, model, frozen_encoder, cohort, reader)
         model = model.without_encoder()
         reset_peak(place.device)  # training's own counts from here
+    measured = meta_copy(model)
     strategy, ds_config = _make_strategy(config, place, model, cohort)
-    plan = _plan(config, place, make, strategy, ds_config, cohort)
+    plan = _plan(config, place, measured, reader, strategy, ds_config, cohort)
     checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
     progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
     if config.resume:
@@ -250,7 +249,6 @@ def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
 def _encode_cohort(
     config: Config,
     place: Place,
-    make: MakeModel,
     model: SlideModel,
     frozen_encoder: str,
     cohort: Cohort,
@@ -270,7 +268,7 @@ def _encode_cohort(
         precision="bf16" if place.bf16 else "fp32",
         dim=model.encoder.dim,
     )
-    chunk = plan_encoding(config, make, mesh=place.mesh, device=place.device)
+    chunk = plan_encoding(model, reader.blank(1)[0], config.memory, mesh=place.mesh)
     encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
     reader.close()
     return FeatureReader(store, threads=config.data.readers, pin=place.device.type == "cuda")
@@ -318,21 +316,22 @@ def _count_parameters(model: torch.nn.Module) -> int:
 def _plan(
     config: Config,
     place: Place,
-    make: MakeModel,
+    measured: SlideModel,
+    reader: TileReader,
     strategy: Strategy,
     ds_config: dict[str, Any] | None,
     cohort: Cohort,
 ) -> Plan:
-    """What of a step is kept in memory, for the largest bag."""
-    return plan_run(
-        config,
-        (lambda settings: make(settings).without_encoder()) if config.model.frozen else make,
-        strategy=strategy.name,
-        ds_config=ds_config,
-        k=max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train")),
-        mesh=place.mesh,
-        device=place.device,
-    )
+    """What of a step is kept in memory, for the largest bag.
+
+    Args:
+        measured: the model as it was before its strategy had it.
+    """
+    k = max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
+    footprint = measure_model(measured, reader.blank(1), config.memory, k=k, mesh=place.mesh)
+    named = (ds_config or {}).get("optimizer", {}).get("type", config.optim.optimizer)
+    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, str(named).lower())
+    return plan_step(footprint, config.memory, holding, k=k, prefetch=config.data.prefetch, mesh=place.mesh)
 
 
 def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_a_step: int) -> Progress:
@@ -363,7 +362,10 @@ def _train(
     folder: Path,
 ) -> None:
     """Train, and leave nothing open, whatever happens."""
-    offload = make_offload(config, folder, place.mesh, place.device)
+    memory = config.memory
+    if memory.policy == "offload" and memory.offload_folder is None:
+        memory = replace(memory, offload_folder=folder / "offload")
+    offload = make_offload(memory, place.mesh)
     train_step = TrainStep(strategy, objective, place.mesh, chunk=plan.chunk, offload=offload)
     feed = Feed(config, cohort, reader, place.mesh, plan)
     slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from slidescale.engine.data import retry
-from slidescale.engine.data.synthetic import write_demo_cohort
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 
 from support.networks import NARROW
 from support.worlds import World
@@ -28,8 +29,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# Files whose tests take longest, from the longest: where workers share the tests, none waits for them at the end.
-LONGEST = ()
+# Where workers share the tests, those with the most to do come first, so that none waits for another at the end.
+FIRST = ("worlds", "launch", "recipes", "resume", "stopping", "several_machines", "planner", "training", "frozen")
+# The largest of the whole grids, behind everything else that needs worlds.
+LAST = "test_all_combinations_equal_plain_autograd"
+BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip the tests that have not begun by then")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,12 +51,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
         item.add_marker(pytest.mark.xdist_group(_group_of(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        places = {name: place for place, name in enumerate(("worlds", *LONGEST))}
-        items.sort(key=lambda item: places.get(_group_of(item), len(places)))
+        items.sort(key=_place_of)
 
 
 def _group_of(item: pytest.Item) -> str:
-    return "worlds" if "world" in getattr(item, "fixturenames", ()) else item.path.stem
+    return "worlds" if "world" in getattr(item, "fixturenames", ()) else item.path.stem.removeprefix("test_")
+
+
+def _place_of(item: pytest.Item) -> tuple[int, bool, bool]:
+    group = _group_of(item)
+    place = FIRST.index(group) if group in FIRST else len(FIRST)
+    return place, item.name.startswith(LAST), not item.path.stem.startswith("test_equivalence")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--minutes")
+    if limit is not None and time.monotonic() - BEGIN > 60 * limit:
+        pytest.skip(f"not begun within {limit:g} minutes")
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,6 @@ SETTINGS: dict[str, list[Any]] = {
     "optimizer": OPTIMIZERS,
     "dropout": [0.0, 0.3],
     "checkpoint_blocks": [False, True],
-    "kernels": ["torch"] if torch.cuda.is_available() else ["torch", "triton"],  # emulated
     "branches": [1, 3],
 }
 
@@ -87,12 +86,11 @@ def make_case(strategy: str, aggregator: str, policy: tuple[str, int], optimizer
 
 @pytest.mark.parametrize("strategy", SETTINGS["strategy"])
 def test_every_two_settings_equal_plain_autograd(world: GetWorld, strategy: str) -> None:
-    """In few configurations; Triton's kernels, emulated, take no doubles."""
+    """In few configurations."""
     by_ranks: dict[int, list[Case]] = {}
     for chosen in (dict(each) for each in PAIRS if each["strategy"] == strategy):
         ranks, (tile_ranks, accumulate) = chosen.pop("ranks"), chosen.pop("slides")
-        in_fp32 = strategy.startswith("zero") or chosen["kernels"] == "triton"
-        dtype = "float32" if in_fp32 else "float64"
+        dtype = "float32" if strategy.startswith("zero") else "float64"
         case = Case(**chosen, dtype=dtype, tile_ranks=tile_ranks, accumulate=accumulate)
         by_ranks.setdefault(ranks, []).append(case)
     for ranks, cases in by_ranks.items():
@@ -131,9 +129,8 @@ def test_other_aggregators(world: GetWorld, ranks: int) -> None:
     check(world(ranks), [Case(strategy="mean", aggregator=name, dtype="float64", policy="auto-1") for name in names])
 
 
-@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton's kernels are compiled: -m gpu")
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, *full(1, 3)])
 def test_kernels(world: GetWorld, ranks: int) -> None:
     """Both kinds, for tiles and for attention with several branches, with dropout on its gate."""
     cases = [

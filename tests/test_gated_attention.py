@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from slidescale.engine.memory.footprint import LiveBytes
-from slidescale.engine.memory.planner import POOLING_BYTES
+from slidescale.engine.memory.live_bytes import LiveBytes
+from slidescale.engine.memory.needs import POOLING_BYTES
 from slidescale.kernels.gated_attention import (
     Attended,
     Gate,

@@ -8,7 +8,7 @@ import tifffile
 from einops import rearrange
 from imagecodecs import jpeg_encode
 
-from slidescale.engine.data.synthetic import MPP_UM, draw_slide
+from slidescale.engine.data.demo_drawing import MPP_UM, draw_slide
 
 # Tiles in a row of the grid, whatever their number is, so that the first K of two slides are the same.
 COLUMNS = 128

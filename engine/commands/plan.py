@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from slidescale.engine.config import (
     Config,
     DataConfig,
@@ -18,25 +20,24 @@ from slidescale.engine.config import (
 )
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.devices import find_device
-from slidescale.engine.memory.footprint import measure
-from slidescale.engine.memory.planner import (
+from slidescale.engine.memory.estimate import (
     BANDWIDTH_UTILISATION,
     UTILISATION,
-    Job,
-    Plan,
-    choose,
     largest_k,
-    sizes_to_measure,
     step_flops,
     step_seconds,
 )
+from slidescale.engine.memory.planner import Plan
+from slidescale.engine.memory.policies import POLICIES
 from slidescale.engine.models.make import make_model
 from slidescale.engine.strategies.held import (
     MOMENTS,
+    Holding,
     ModelState,
     ShardingName,
     model_state,
 )
+from slidescale.engine.training.plan import measure_for, plan_for
 from slidescale.engine.units import GIB, format_size, parse_size
 
 # Of a GPU's memory: CUDA's context and the libraries' workspaces, in bytes; and what fragmentation costs, as a share.
@@ -44,12 +45,6 @@ CUDA_RESERVE = GIB
 FRAGMENTATION = 0.05
 # Resident memory of Python and the libraries before there is a model.
 CPU_RESERVE = GIB
-
-# As the planner's HELPS, in the words of this command.
-HELPS = (
-    "What helps: --checkpoint-blocks, a smaller --tile-px or --k, more --ranks, "
-    "a --strategy that shards or offloads the model (zero3, fsdp), a larger --memory"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,29 +221,28 @@ def make_plan(request: PlanRequest) -> Answer:
     )
     kind = "cpu" if request.on_cpu else "cuda"
     local = math.ceil(request.k / request.ranks)
-    chunks, bags = sizes_to_measure(local, request.chunk, kind)
-    footprint = measure(
-        lambda: make_model(config, classes=2, bf16=request.precision == "bf16", kernels="torch"),
-        tile_px=request.tile_px,
-        chunks=chunks,
-        bags=bags,
-        device=kind,
-    )
-    state = model_state(
-        footprint,
+    with torch.device("meta"):
+        tile = torch.empty((request.tile_px, request.tile_px, 3), dtype=torch.uint8)
+        model = make_model(config, classes=2, bf16=request.precision == "bf16", kernels="torch")
+    footprint = measure_for(model, tile, request.chunk, k=request.k, ranks=request.ranks, flavour=kind)
+    holding = Holding(
         strategy=request.chosen_strategy,
-        ranks=request.ranks,
+        shards=request.ranks,
         optimizer=request.optimizer,
         offload_optimizer=request.optimizer_offload,
         offload_parameters=request.parameter_offload,
     )
-    job = Job(footprint=footprint, ranks=request.ranks, prefetch=request.prefetch, update=state.update)
-    try:
-        plan = choose(
-            job, k=request.k, budget=memory - reserve, base=state.base, policy=request.policy, chunk=request.chunk
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{error}. {HELPS}") from None
+    state = model_state(footprint, holding)
+    plan = plan_for(
+        footprint,
+        state,
+        MemoryConfig(policy=request.policy, chunk=request.chunk),
+        k=request.k,
+        prefetch=request.prefetch,
+        base=state.base,
+        budget=memory - reserve,
+        budget_flag="--memory",
+    )
     room = plan.budget - plan.base
     policies: tuple[PolicyName, ...] = ("keep", "recompute", "offload")
     return Answer(
@@ -259,9 +253,11 @@ def make_plan(request: PlanRequest) -> Answer:
         state,
         plan,
         graphs=footprint.graph(min(plan.chunk, local)),
-        largest_k={policy: largest_k(job, room=room, policy=policy, chunk=plan.chunk) for policy in policies},
-        flops=step_flops(job, plan),
-        seconds=step_seconds(job, plan, device, bf16=request.precision == "bf16") if device else None,
+        largest_k={
+            policy: largest_k(plan.job, room=room, policy=POLICIES[policy], chunk=plan.chunk) for policy in policies
+        },
+        flops=step_flops(plan),
+        seconds=step_seconds(plan, device, bf16=request.precision == "bf16") if device else None,
     )
 
 

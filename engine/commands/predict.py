@@ -17,7 +17,7 @@ import tyro
 from slidescale.engine.commands.trained import Precision, TrainedRun, load_run
 from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import write_attention
@@ -171,7 +171,7 @@ class Predictor:
 
     def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
-        return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
+        return open_slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
         """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
@@ -352,7 +352,7 @@ def name_files(paths: Sequence[Path]) -> list[NamedFile]:
 
 def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
     try:
-        with Slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
+        with open_slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
             return tile_slide(slide, spec)
     except SlideError as error:
         return str(error)

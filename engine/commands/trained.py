@@ -4,25 +4,25 @@ All but a frozen encoder, whose weights are not the run's: it is built from wher
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Literal
 
 import torch
 
-from slidescale.engine.config import Config, flatten
-from slidescale.engine.errors import ConfigError, UserError, near
+from slidescale.engine.config import Config
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.supervision.objective import Objective, make_objective
 from slidescale.engine.training.checkpoint import epoch_name
 from slidescale.engine.training.frozen import fingerprint
+from slidescale.engine.training.run_config import read_config
+from slidescale.engine.training.run_folder import read_record
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 from slidescale.kernels.dispatch import choose_kernels
 
 Precision = Literal["fp32", "bf16"]
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ def load_run(
         UserError: there is no such run, no epoch of it is finished, its files do not belong together, another version
             wrote it, or a frozen encoder's weights are not there or not those that it had.
     """
-    record = _read_record(folder)
-    config = read_config(record["config"], folder / "config.json", str(record.get("versions", {}).get("slidescale")))
+    record = read_record(folder, "objective", "frozen_encoder", "versions")
+    config = read_config(record["config"], folder / "config.json", str(record["versions"].get("slidescale")))
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise UserError(_no_weights(folder))
@@ -123,74 +123,11 @@ def load_run(
         folder=folder,
         model=model.eval(),
         config=config,
-        classes=tuple(record["classes"]),
+        classes=record["classes"],
         objective=objective,
         epoch=epoch,
         step=step,
     )
-
-
-def read_config(settings: dict[str, Any], source: Path, version: str) -> Config:
-    """The settings of a config.json; what it does not have is the default, as it was before there was such a setting.
-
-    Args:
-        version: of slidescale, that wrote it.
-
-    Raises:
-        UserError: it has settings that this version does not know, or values that it refuses.
-    """
-    unknown: list[str] = []
-    try:
-        config = _build(Config, settings, "", unknown)
-    except ConfigError as error:
-        raise UserError(f"{source} was written by slidescale {version}, and this version refuses: {error}") from None
-    if unknown:
-        known = list(Config(run=config.run).flat())
-        lines = [name + near(name, known) for name in unknown]
-        raise UserError(
-            f"{source} was written by slidescale {version}, with settings that this version does not have:\n  "
-            + "\n  ".join(lines)
-            + f"\nuse slidescale {version}"
-        )
-    return config
-
-
-def _build(kind: type[Settings], values: dict[str, Any], prefix: str, unknown: list[str]) -> Settings:
-    hints = get_type_hints(kind)
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            unknown += flatten({prefix + name: value})
-        elif dataclasses.is_dataclass(hints[name]):
-            built[name] = _build(hints[name], value, f"{prefix}{name}.", unknown)
-        else:
-            built[name] = _from_json(value, hints[name])
-    return kind(**built)
-
-
-def _from_json(value: Any, hint: Any) -> Any:
-    """JSON has lists for tuples, and text for paths."""
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and Path in (hint, *get_args(hint)):
-        return Path(value)
-    return value
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
-        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
-    path = folder / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("config", "classes", "objective", "frozen_encoder", "versions")}
-    except FileNotFoundError:
-        runs = sorted(str(found.parent) for found in folder.glob("*/config.json"))
-        hint = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
 
 def _no_weights(folder: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, exact_corners
 from slidescale.engine.errors import SlideError
 
@@ -151,7 +151,7 @@ class TileReader:
         slide: Slide | None = getattr(self._mine, "slide", None)
         if slide is None or self._mine.opened != (path, mpp_um):
             self._close_mine()
-            slide = self._mine.slide = Slide(path, default_mpp_um=self.spec.default_mpp_um, mpp_um=mpp_um)
+            slide = self._mine.slide = open_slide(path, default_mpp_um=self.spec.default_mpp_um, mpp_um=mpp_um)
             self._mine.opened = (path, mpp_um)
         return slide
 

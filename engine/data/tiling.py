@@ -13,7 +13,7 @@ from einops import reduce
 from skimage.filters import threshold_otsu
 
 from slidescale.engine.data.retry import fault
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.errors import SlideError
 from slidescale.engine.files import file_name, replacing
 
@@ -126,7 +126,7 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path, *, mpp_um: float | No
     except DAMAGED:  # cut short by a full disk, say: it is made again
         with suppress(OSError):
             kept.unlink()
-    with Slide(path, default_mpp_um=spec.default_mpp_um, mpp_um=mpp_um) as slide:
+    with open_slide(path, default_mpp_um=spec.default_mpp_um, mpp_um=mpp_um) as slide:
         tiling = tile_slide(slide, spec)
     with replacing(kept) as unfinished:
         np.savez(unfinished, coords=tiling.coords, side_px=tiling.side_px, doubts=np.array(tiling.doubts, dtype=str))

@@ -12,7 +12,7 @@ import numpy as np
 from slidescale.engine.config import DataConfig, SupervisionName
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.errors import SlideError
 from slidescale.engine.evaluation.attention_picture import attention_overlay, with_legend
 from slidescale.engine.evaluation.figures import NAMES, draw
@@ -166,7 +166,7 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     pictures = {}
     for row, output, _, weights in chosen[:count]:
         try:
-            with Slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
+            with open_slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)
         except SlideError as error:  # its tiles could be read, so it counts; only its picture is missing
             log.warning("no heatmap: %s", error)

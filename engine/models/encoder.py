@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
@@ -26,6 +25,7 @@ from slidescale.engine.models.packaged import ARCHITECTURE, PACKAGED_ENCODER, pa
 from slidescale.engine.models.tile_prep import TilePrep
 from slidescale.engine.models.trial import refusal, try_network, turn_off_dropout
 from slidescale.engine.models.weight_file import own_names, read_weight_file
+from slidescale.engine.process.substitute import substitute
 from slidescale.kernels.dispatch import KernelName
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,8 @@ def _with_weights(name: str, path: Path, build: Callable[..., Any]) -> Any:
     with torch.device("meta"):
         expected = build(pretrained=False, weights=None).state_dict().keys()
     state = read_weight_file(path, expected)
-    with mock.patch("timm.models._builder.load_state_dict", return_value=state), _noting_missing_keys() as missing:
+    # timm would also take the tensors themselves, under "state_dict" of its configuration, and copy all of them.
+    with substitute(timm.models._builder, "load_state_dict", lambda *_: state), _noting_missing_keys() as missing:
         try:
             backbone = build(pretrained=False, weights=path)
         except (RuntimeError, ValueError, KeyError) as error:  # of other shapes, or without what timm's filter reads
@@ -283,7 +284,11 @@ def _no_access(name: str, error: BaseException) -> str:
 
 @contextmanager
 def _noting_missing_keys() -> Iterator[list[str]]:
-    """What state dicts that are loaded meanwhile lack; timm accepts that where it leaves out a classifier."""
+    """Note what state dicts that are loaded meanwhile lack; timm accepts that where it leaves out a classifier.
+
+    Only the call itself can say so: timm translates names and reshapes tensors by a filter of each architecture, which
+    it does not hand out, and returns a network that may have kept any of its random weights.
+    """
     missing: list[str] = []
     original = nn.Module.load_state_dict
 
@@ -292,7 +297,7 @@ def _noting_missing_keys() -> Iterator[list[str]]:
         missing.extend(result.missing_keys)
         return result
 
-    with mock.patch.object(nn.Module, "load_state_dict", load):
+    with substitute(nn.Module, "load_state_dict", load):
         yield missing
 
 

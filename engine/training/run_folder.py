@@ -1,20 +1,18 @@
 """The folder of a run: where it is, and what it records of how it was made."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import UserError, near
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
+from slidescale.engine.training.provenance import provenance
 
 # Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
@@ -90,21 +88,29 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `record_run` wrote.
+def read_record(folder: Path, *needed: str) -> dict[str, Any]:
+    """Read what `record_run` wrote.
+
+    Args:
+        needed: names that must be in it, beside those that every version has written.
 
     Raises:
-        UserError: config.json is missing or damaged.
+        UserError: there is no such run, or its config.json is missing, damaged or without what is needed.
     """
+    if not folder.is_dir():
+        runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
+        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record["config"], dict):
             raise TypeError("its settings are not a table")
         record["classes"] = tuple(record["classes"])
-        return record
+        return record | {name: record[name] for name in needed}
     except FileNotFoundError:
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json") from None
+        runs = sorted(str(found.parent) for found in folder.glob("*/config.json"))
+        hint = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
@@ -135,24 +141,6 @@ def record_run(
         "classes": classes,
         "objective": objective.record(),
         "frozen_encoder": frozen_encoder,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
+        **provenance(),
     }
     write_json(folder / "config.json", record)
-
-
-def git_commit() -> str | None:
-    """The commit of the code, marked when files differ from it; None when the code is not in a git checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

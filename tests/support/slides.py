@@ -58,3 +58,20 @@ class Away:
         if self._fails(path):
             raise openslide.OpenSlideUnsupportedFormatError("Unsupported or missing image file")
         return self._slide(path)
+
+
+def write_pyramid(path: Path, levels: list[np.ndarray], mpp_um: float) -> Path:
+    """A generic TIFF of these levels, the first at `mpp_um`."""
+    with tifffile.TiffWriter(path) as file:
+        for index, level in enumerate(levels):
+            file.write(
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="zlib",
+                metadata=None,
+                subfiletype=1 if index else 0,
+                resolution=(1e4 / mpp_um,) * 2,
+                resolutionunit="CENTIMETER",
+            )
+    return path
