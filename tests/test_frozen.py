@@ -2,15 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,10 +19,9 @@ from slidescale.engine.commands import recipe as main
 from slidescale.engine.config import Config, ModelConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
-from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import ManifestRow, read_manifest
-from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
@@ -36,21 +30,16 @@ from slidescale.engine.memory.needs import Job
 from slidescale.engine.memory.planner import choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.make import make_model
-from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
 from slidescale.engine.supervision.objective import CrossEntropy
-from slidescale.engine.training import frozen
-from slidescale.engine.training.frozen import deal, encode_cohort, encode_slide, fingerprint
+from slidescale.engine.training.frozen import fingerprint
 
-from support.frozen import make_frozen_config, write_weights
+from support.frozen import kept, losses, make_frozen_config, write_weights
 from support.recipes import load
 from support.slides import damage
 from support.tables import read_csv
-from support.worlds import PATIENCE_S, World, free_port
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
@@ -78,15 +67,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     monkeypatch.setattr(Encoder, "forward", forward)
     return ask
-
-
-def losses(folder: Path) -> list[float]:
-    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
-
-
-def kept(out: Path) -> dict[str, Path]:
-    """Features' files by slide."""
-    return {file.name.rsplit("-", 1)[0]: file for file in sorted((out / "features").glob("*/*"))}
 
 
 def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
@@ -242,83 +222,6 @@ def test_reading_features(tmp_path: Path, demo_manifest: Path) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
-def test_slides_are_dealt_out_by_size(ranks: int) -> None:
-    sizes = np.random.default_rng(0).lognormal(8, 1, 30).astype(int).tolist()
-    tiles = {f"s{index}": size for index, size in enumerate(sizes)} | {"a": 5, "b": 5}
-    shares = deal(tiles, ranks)
-    assert len(shares) == ranks
-    assert sorted(slide_id for share in shares for slide_id in share) == sorted(tiles), "each slide once"
-    loads = [sum(tiles[slide_id] for slide_id in share) for share in shares]
-    assert max(loads) <= max(4 / 3 * sum(sizes) / ranks, max(sizes))
-    for share in shares:
-        assert share == sorted(share, key=lambda slide_id: -tiles[slide_id])
-    assert deal(dict(reversed(tiles.items())), ranks) == shares, "also where slides of one size come in another order"
-    assert deal({}, ranks) == [[]] * ranks
-
-
-def encode_beside_a_slow_rank(group: TileGroup, config: Config) -> tuple[list[int], list[list[str]], float]:
-    """Tiles of the slides that this rank encodes; the second rank's first slide takes until the first rank has ended.
-
-    Also what was dealt, and how long ranks wait for each other at the end, in seconds.
-    """
-    slides: list[int] = []
-    shares: list[list[str]] = []
-    limits: list[float] = []
-    has_ended = config.run.out / "the first rank has ended"
-
-    def deal_and_note(*args: Any) -> list[list[str]]:
-        shares.extend(deal(*args))
-        return shares
-
-    def encode(model: SlideModel, row: ManifestRow, tiling: Tiling, *args: Any, **settings: Any) -> Iterator[Tensor]:
-        slides.append(len(tiling.coords))
-        deadline = time.monotonic() + PATIENCE_S / 2
-        while group.rank == 1 and not has_ended.exists():
-            assert time.monotonic() < deadline, "the first rank waits for the second"
-            time.sleep(0.05)
-        yield from encode_slide(model, row, tiling, *args, **settings)
-        if len(slides) == len(shares[0]):
-            has_ended.touch()
-
-    def gather(group: RankGroup, item: Any) -> Any:
-        if group.process_group is not None:
-            backend = group.process_group._get_backend(torch.device("cpu"))
-            limits.append(backend.options._timeout.total_seconds())
-        return gather_objects(group, item)
-
-    manifest = read_manifest(config.data.manifest, config.data)
-    cohort = Cohort(manifest, group, max_excluded=0, excluded_csv=config.run.out / "excluded.csv")
-    cohort.tile(SPEC, config.run.out / "tilings", threads=1)
-    model = make_model(config, classes=2, bf16=False, kernels="torch")
-    named = {"encoder": "e", "fingerprint": "1", "precision": "fp32", "dim": model.encoder.dim}
-    store = FeatureStore(config.run.out / "features", SPEC, **named)
-    reader = TileReader(SPEC, threads=1, pin=False)
-    gather_objects = RankGroup.gather_objects
-    with (
-        mock.patch.object(frozen, "deal", deal_and_note),
-        mock.patch.object(frozen, "encode_slide", encode),
-        mock.patch.object(RankGroup, "gather_objects", gather),
-    ):
-        encode_cohort(model, cohort, store, reader, Mesh(group, group), chunk=64, device=torch.device("cpu"))
-    reader.close()
-    (limit,) = limits
-    return slides, shares, limit
-
-
-def test_ranks_encode_their_shares_and_wait_once_without_a_limit(
-    demo_manifest: Path, tmp_path: Path, weights: Path, world: Callable[..., World]
-) -> None:
-    config = make_frozen_config(demo_manifest, tmp_path, weights)
-    (fast, shares, limit), (slow, others, _) = world(2).run(encode_beside_a_slow_rank, config)
-    assert shares == others, "every rank deals alike"
-    tiles = {name: len(load_file(file)["coords"]) for name, file in kept(tmp_path).items()}
-    assert sorted(shares[0] + shares[1]) == sorted(tiles), "each slide once"
-    assert [fast, slow] == [[tiles[slide_id] for slide_id in share] for share in shares]
-    assert abs(sum(fast) - sum(slow)) <= max(tiles.values())
-    assert limit > 30 * 86_400
-
-
 def test_encoding_tells_how_far_it_is(
     demo_manifest: Path,
     tmp_path: Path,
@@ -426,45 +329,3 @@ def test_the_plan_counts_features_and_no_encoder() -> None:
     plan = choose(Job(footprint=footprint), k=1000, budget=2**31, base=0, policy="recompute", chunk=1024)
     assert plan.need.pixels == 2 * 1000 * 4 * footprint.dim
     assert plan.stored == plan.stored_chunks(1000) == 0
-
-
-def launch(words: list[str]) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_two_ranks_train_as_one_does(cohort_copy: Path, tmp_path: Path, weights: Path) -> None:
-    """DeepSpeed, FSDP2 with a slide a rank, and one process: each computes its features anew; a slide is damaged."""
-    damage(cohort_copy.parent / "slides" / "slide-000.svs")
-    settings = ["recipes/egfr.py", "--data.manifest", str(cohort_copy), "--data.classes", "wild_type", "mutant"]
-    settings += ["--data.tile-px", "64", "--data.k", "11", "--data.max-excluded", "0.2", "--run.epochs", "1"]
-    settings += ["--run.precision", "fp32", "--run.heatmaps", "0", "--optim.optimizer", "sgd", "--optim.lr", "0.05"]
-    settings += ["--model.encoder", "test_resnet", "--model.weights", str(weights), "--model.no-pretrained"]
-    settings += ["--model.frozen"]
-    settings += ["--model.dropout", "0.1"]
-    port = str(free_port())
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    ds = tmp_path / "ds.json"
-    ds.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    ways = {
-        "one": [sys.executable, *settings],
-        "zero": [*deepspeed, *settings, "--deepspeed_config", str(ds)],
-        "fsdp": [*torchrun, *settings, "--parallel.strategy", "fsdp"],
-    }
-    found = {}
-    for name, words in ways.items():
-        output = launch([*words, "--run.out", str(tmp_path / name), "--run.name", "t"])
-        assert len(re.findall("features ready", output)) == 1
-        found[name] = losses(tmp_path / name / "t")
-        assert [row["slide_id"] for row in read_csv(tmp_path / name / "t" / "excluded.csv")] == ["slide-000"]
-        for slide, file in kept(tmp_path / name).items():
-            ours, theirs = load_file(file)["features"], load_file(kept(tmp_path / "one")[slide])["features"]
-            assert torch.equal(ours, theirs)
-    assert len(found["one"]) > 3
-    assert max(found["one"]) / min(found["one"]) > 1.02, "the losses are not all one"
-    assert found["zero"] == pytest.approx(found["one"], rel=1e-4)
-    assert found["fsdp"] == pytest.approx(found["one"], rel=1e-4)

@@ -37,11 +37,24 @@ from support.tables import edit_manifest, read_csv
 from support.worlds import World
 
 
+def config_of(manifest: Path, out: Path, epochs: int, **settings: Any) -> Config:
+    """With a learning rate at which epochs differ."""
+    return make_config(manifest, out, epochs=epochs, optim=OptimConfig(lr=1e-3), **settings)
+
+
+@pytest.fixture
+def run_whole(demo_manifest: Path, made_once: Callable[..., Path]) -> Callable[[int], Path]:
+    """Return the folder of a run of so many epochs that nothing cut off; not to be changed."""
+    return lambda epochs: made_once(
+        f"whole-{epochs}", lambda folder: main.run(config_of(demo_manifest, folder, epochs))
+    )
+
+
 def test_resumed_run_equals_an_uninterrupted_one(
-    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_whole: Callable[[int], Path], demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=3))
-    config = make_config(demo_manifest, tmp_path / "cut", epochs=3)
+    whole = run_whole(3)
+    config = config_of(demo_manifest, tmp_path / "cut", 3)
     original = Trainer._train_epoch
 
     def power_cut(self: Trainer, epoch: int, step: int) -> Any:
@@ -53,7 +66,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         patch.setattr(Trainer, "_train_epoch", power_cut)
         with pytest.raises(KeyboardInterrupt):
             main.run(config)
-    folder = main.run(make_config(demo_manifest, tmp_path / "cut", epochs=3, resume=True))
+    folder = main.run(config_of(demo_manifest, tmp_path / "cut", 3, resume=True))
     assert folder == tmp_path / "cut" / "t"
     expected, found = weights_in(whole), weights_in(folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -70,20 +83,25 @@ def steps_of(folder: Path) -> dict[str, list[int]]:
     ("where", "epochs", "killed"),
     [
         ("evaluate", 3, 2),
-        ("_write_results", 2, 1),
+        ("_write_results", 3, 1),
         ("_report", 1, 1),
         *full(("evaluate", 1, 1), ("mark_reported", 3, 2)),
     ],
 )
 def test_an_epoch_whose_validation_was_cut_off(
-    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, epochs: int, killed: int
+    run_whole: Callable[[int], Path],
+    demo_manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    epochs: int,
+    killed: int,
 ) -> None:
     """A resume validates it first, from the totals in its checkpoint; history, the best epoch and TensorBoard's curves
     are the same then. What it finds is what was on disk at that moment, as after a SIGKILL.
     """
-    optim = OptimConfig(lr=1e-3)  # so that epochs differ
-    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=epochs, optim=optim))
-    config = make_config(demo_manifest, tmp_path / "cut", epochs=epochs, optim=optim)
+    whole = run_whole(epochs)
+    config = config_of(demo_manifest, tmp_path / "cut", epochs)
     owner = Checkpoints if where == "mark_reported" else Trainer
     original, calls = getattr(owner, where), []
 

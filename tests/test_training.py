@@ -32,8 +32,8 @@ from support.slides import Away, damage
 from support.tables import edit_manifest, read_csv
 
 
-def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
-    folder = main.run(make_config(demo_manifest, tmp_path))
+def test_what_a_run_leaves(demo_manifest: Path, trained_run: Path) -> None:
+    folder = trained_run
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["data"]["k"] == 12
     assert record["versions"]["torch"] == version("torch")

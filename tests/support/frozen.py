@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.models.encoder import Encoder
@@ -31,3 +32,12 @@ def make_frozen_config(manifest: Path, out: Path, weights: Path, *, frozen: bool
         memory=MemoryConfig(chunk=64),
         optim=OptimConfig(optimizer="sgd", lr=0.02, clip=0.5),
     )
+
+
+def losses(folder: Path) -> list[float]:
+    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+def kept(out: Path) -> dict[str, Path]:
+    """Features' files by slide."""
+    return {file.name.rsplit("-", 1)[0]: file for file in sorted((out / "features").glob("*/*"))}
