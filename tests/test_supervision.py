@@ -26,8 +26,8 @@ from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.supervision.regression import SquaredError
 from slidescale.engine.supervision.survival import HazardLikelihood, survival_edges
 
-from conftest import edit_manifest, read_csv
-from test_training import make_config
+from support.runs import make_config
+from support.tables import edit_manifest, read_csv
 
 NAN = math.nan
 LOGITS = [0.3, -1.2, 2.1, 0.7, -0.4]
