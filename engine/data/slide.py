@@ -76,7 +76,7 @@ class Bounds(NamedTuple):
     height: int
 
 
-# The good levels of a file, and sentences on the rest, by path, size and time of change: checked once per process, since
+# The good levels of a file, and sentences on the rest, by path, size and time of change: checked once per process, for
 # slides are opened again and again.
 _checked: dict[tuple[str, int, int], tuple[tuple[Level, ...], tuple[str, ...]]] = {}
 
