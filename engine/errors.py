@@ -32,3 +32,8 @@ def near(name: str, candidates: Iterable[str]) -> str:
     """The question whether another name was meant, if one is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line, for the end of a message: its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

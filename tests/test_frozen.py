@@ -33,7 +33,7 @@ from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.frozen import fingerprint
 
 from support.frozen import kept, losses, make_frozen_config, write_weights

@@ -13,7 +13,7 @@ from slidescale.engine.commands.study_picture import Point, draw_against_k
 from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import write_csv
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.history import add_epoch, read_history
 from slidescale.engine.training.run_folder import open_run_folder, record_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from slidescale.engine.commands.predict import ComputeSettings, Failure, start_predictor
+from slidescale.engine.commands.predict import ComputeSettings, Failure, attention_of, start_predictor
 from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import MAX_PX, write_attention
@@ -27,7 +27,7 @@ class HeatmapRequest(ComputeSettings):
     slide: Path
     """Slide file."""
     mpp_um: float | None = None
-    """Level-0 resolution of the slide, in µm a pixel, where the one that its file states is wrong."""
+    """Level-0 resolution of the slide, in µm per pixel, where the one that its file states is wrong."""
     out: Path = Path("heatmaps")
     """Folder to write <slide>_attention.png, .tif and .geojson to."""
     max_px: int = MAX_PX
@@ -42,7 +42,7 @@ class HeatmapRequest(ComputeSettings):
         if self.max_px < 64:
             raise ConfigError(f"--max-px is {self.max_px}: must be at least 64 pixels")
         if self.mpp_um is not None and not 0 < self.mpp_um < math.inf:
-            raise ConfigError(f"--mpp-um is {self.mpp_um}: must be a positive number of µm a pixel")
+            raise ConfigError(f"--mpp-um is {self.mpp_um}: must be a positive number of µm per pixel")
         if not 0 < self.top <= 1:
             raise ConfigError(f"--top is {self.top:g}: must be a share above 0, at most 1")
 
@@ -65,7 +65,7 @@ def draw_heatmap(request: HeatmapRequest) -> None:
                     answer.file.slide_id,
                     slide,
                     answer.tiling,
-                    answer.weights,
+                    attention_of(answer, predictor.run),
                     model=predictor.run.title,
                     says=predictor.says(answer),
                     max_px=request.max_px,

@@ -1,7 +1,6 @@
 """`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,28 +14,24 @@ import torch
 import tyro
 
 from slidescale.engine.commands.trained import Precision, TrainedRun, load_run
-from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
+from slidescale.engine.data.labels import Labels, read_labels
+from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import write_attention
-from slidescale.engine.evaluation.intervals import report
+from slidescale.engine.evaluation.intervals import estimate
+from slidescale.engine.evaluation.metrics import Judged
 from slidescale.engine.evaluation.predictions import run_model
-from slidescale.engine.evaluation.report import (
-    Judged,
-    draw_figures,
-    output_cells,
-    output_columns,
-    output_words,
-    write_metrics,
-)
+from slidescale.engine.evaluation.results import draw_figures, write_metrics
 from slidescale.engine.files import check_output, write_csv
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
-from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import Mesh, check_launcher, join, pick_device
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process import stopping
+from slidescale.engine.supervision.make import supervision_of
 from slidescale.engine.training.run_slides import known_splits
 from slidescale.engine.training.weights import WEIGHTS
 
@@ -101,12 +96,26 @@ class PredictRequest(ComputeSettings):
 
 
 class SlidePrediction(NamedTuple):
-    """What `Objective.predict` says `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1."""
+    """The result of `Objective.predict` `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1.
+
+    The weights are None where the run's aggregator gives none.
+    """
 
     file: NamedFile
     tiling: Tiling
     output: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray | None
+
+
+def attention_of(answer: SlidePrediction, run: TrainedRun) -> np.ndarray:
+    """The weights of a slide's tiles, for a picture.
+
+    Raises:
+        SlideError: the run's aggregator gives none.
+    """
+    if answer.weights is None:
+        raise SlideError(f"{run.folder}: its aggregator, {run.config.model.aggregator}, gives tiles no weights to draw")
+    return answer.weights
 
 
 class Failure(NamedTuple):
@@ -167,7 +176,7 @@ class Predictor:
 
     def says(self, answer: SlidePrediction) -> str:
         """What is predicted of a slide, in words."""
-        return output_words(self.run.config.data.supervision, self.run.classes, answer.output)
+        return supervision_of(self.run.config.data.supervision).output_words(self.run.classes, answer.output)
 
     def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
@@ -188,15 +197,12 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
     """Load a run on this process's device, and meet the other ranks if a launcher has started some.
 
     Raises:
-        UserError: see `load_run`, `check_launcher` and `start_world`.
+        UserError: see `load_run` and `join`.
     """
     check_launcher()
-    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    device = pick_device()
     run = load_run(folder, device, settings.precision, settings.weights)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Predictor(run, settings, Mesh(), device)
-    start_world(device)
-    return Predictor(run, settings, make_mesh(device, "all"), device)
+    return Predictor(run, settings, join(device=device), device)
 
 
 def predict_slides(request: PredictRequest) -> None:
@@ -216,7 +222,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         UserError: as there.
     """
     run, data, world = predictor.run, predictor.run.config.data, predictor.mesh.world
-    supervision, labels = data.supervision, None
+    kind, labels = supervision_of(data.supervision), None
     if request.manifest is None:
         files = name_files(request.slides)
     else:
@@ -236,7 +242,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         seen = max(seen, own["train"] + own["val"])
     elif seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
-    header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
+    header = ("slide_id", "path", *kind.output_columns(run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
     outputs: dict[str, np.ndarray] = {}
     failures: list[Failure] = []
@@ -254,9 +260,9 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             log.warning("%s: %s", answer.file.slide_id, answer.reason)
             continue
         name = answer.file.slide_id
-        shown = output_cells(supervision, run.classes, answer.output)
-        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
-        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
+        shown = kind.output_cells(run.classes, answer.output)
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.tiling.coords)), answer.output
+        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.tiling.coords))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
         if request.heatmaps is not None and world.rank == 0:
             try:
@@ -266,7 +272,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
                         name,
                         slide,
                         answer.tiling,
-                        answer.weights,
+                        attention_of(answer, predictor.run),
                         model=run.title,
                         says=predictor.says(answer),
                     )
@@ -277,7 +283,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
     if isinstance(labels, Labels) and judgeable:
         judged = Judged(
-            supervision,
+            data.supervision,
             np.array([labels.targets[name] for name in judgeable]),
             np.stack([outputs[name] for name in judgeable]),
             [labels.cases[name] for name in judgeable],
@@ -327,7 +333,7 @@ def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
 def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
     """Metrics and figures beside the table."""
     path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
-    found = report(*judged)
+    found = estimate(*judged)
     write_metrics(path, found, "external", seen=seen)
     draw_figures(folder, judged, "predicted", found)
     of = "" if found.positive_class is None else f" of {found.positive_class}"

@@ -28,13 +28,13 @@ from slidescale.engine.commands.recipe import command, demo_defaults, is_study
 from slidescale.engine.commands.study_picture import Point, draw_against_k
 from slidescale.engine.config import Config, MemoryConfig
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.evaluation.metrics import HEADLINES, SHOWN
 from slidescale.engine.files import replacing, save_png, write_csv, write_text
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.parallel.mesh import is_main_rank, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import is_main_rank, join
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process.stopping import keep_advice
 from slidescale.engine.run import run
+from slidescale.engine.supervision.make import headline_title, supervision_of
 from slidescale.engine.training.checkpoint import is_reported
 from slidescale.engine.training.history import read_history
 from slidescale.engine.training.run_folder import check_same_settings, find_run_folder, read_record
@@ -135,10 +135,10 @@ def main(
         keep_advice("what is finished is not run again: give the same command to go on")
         folder = study.config.run.out / study.config.run.name
         begin = time.perf_counter()
-        world = _start_world(study.config)
+        world = join().world
         outcomes = run_study(arms_of(study), study.seeds, folder, run, world)
         if world.rank == 0:
-            metric = HEADLINES[study.config.data.supervision]
+            metric = supervision_of(study.config.data.supervision).headline
             show(outcomes, metric, folder)
             text = tell(outcomes, metric)
             log.info(
@@ -223,7 +223,7 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def tell(outcomes: Sequence[Outcome], metric: str) -> str:
     """A Markdown table of medians, with the range over seeds."""
-    shown = SHOWN.get(metric, metric)
+    shown = headline_title(metric)
     header = ["trained", "K", "tiles a bag", "train loss", f"validation {shown}", "seeds", "minutes a run"]
     rows = []
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
@@ -275,7 +275,7 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
         for each in outcomes
         if each.metric is not None
     ]
-    picture = draw_against_k(losses, scores, SHOWN.get(metric, metric))
+    picture = draw_against_k(losses, scores, headline_title(metric))
     save_png(picture, folder / "k_study.png")
     with SummaryWriter(str(folder / "study")) as board:
         board.add_image("k_study", picture, 0, dataformats="HWC")
@@ -287,15 +287,6 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
             if defined := [each.metric for each in mine if each.metric is not None]:
                 board.add_scalar(f"k_study/val_{metric}/{kind}", statistics.median(defined), at)
     return picture
-
-
-def _start_world(config: Config) -> RankGroup:
-    """All ranks that a launcher has started, or this process alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return RankGroup()
-    device = pick_device(int(os.environ.get("LOCAL_RANK", max(0, config.local_rank))))
-    start_world(device)
-    return make_mesh(device, "all").world
 
 
 def _look_for(config: Config) -> tuple[Path | None, bool]:
@@ -324,6 +315,7 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
     last = rows[-1]
     assert last["epoch"] == arm.config.run.epochs, f"{folder} has come to its end"
     tiles, train_loss = last["tiles_a_slide"], last["train_loss"]
+    headline = supervision_of(arm.config.data.supervision).headline
     assert tiles is not None and train_loss is not None, "every epoch has these"
     return Outcome(
         arm.name,
@@ -332,7 +324,7 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
         tiles=tiles,
         train_loss=train_loss,
         val_loss=last["val_loss"],
-        metric=last.get(f"val_{HEADLINES[arm.config.data.supervision]}"),
+        metric=last.get(f"val_{headline}"),
         seconds=sum(row["seconds"] or 0.0 for row in rows),
     )
 

@@ -1,4 +1,4 @@
-"""What a slide answers: its resolution, its size, and regions of it at any resolution."""
+"""Slides: their size and resolution, and regions of them at any resolution, whichever reader opens the file."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -264,7 +264,7 @@ class Slide:
 
 
 def _bounds(file: SlideFile) -> Bounds:
-    """What the file states to be scanned."""
+    """The scanned part that a file states."""
     names = ("x", "y", "width", "height")
     stated = [file.properties.get(f"openslide.bounds-{name}") for name in names]
     whole = (0, 0, *file.sizes[0])
