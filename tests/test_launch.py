@@ -189,5 +189,5 @@ def test_policies_give_the_same_run(demo_manifest: Path, tmp_path: Path) -> None
 
 
 def test_a_budget_that_is_too_small_is_told(demo_manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: a bag of 10 tiles does not fit .*--memory.checkpoint-blocks"):
+    with pytest.raises(SystemExit, match=r"(?s)^error: .*a bag of 10 tiles does not fit.*--memory.checkpoint-blocks"):
         start("egfr", *words_for(demo_manifest, tmp_path, "--memory.budget", "64MiB"))

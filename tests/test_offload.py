@@ -1,8 +1,9 @@
 """Offload: the same gradients from tensors that left the device, each once, and memory that really falls."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import nullcontext
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from weakref import ref
 
@@ -11,16 +12,19 @@ import torch
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
-from slidescale.engine.errors import ConfigError, UserError
+from slidescale.engine.errors import UserError
 from slidescale.engine.memory import offload, offload_disk, offload_host
 from slidescale.engine.memory.offload import Offload
 from slidescale.engine.memory.offload_disk import DiskOffload
 from slidescale.engine.memory.offload_host import HostOffload
-from slidescale.engine.memory.two_pass import encode
-
-from support.offloading import CHUNK, assert_same_gradients, device_of, make_chunks, make_model, step
+from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.slide_model import SlideModel
 
 ENCODERS = ["test_resnet", "test_vit", "test_convnext"]
+CHUNK = 16
+Saving = Callable[[], AbstractContextManager[None]]
 
 stores = pytest.mark.parametrize("store", ["disk", pytest.param("host", marks=pytest.mark.gpu)], indirect=True)
 
@@ -36,6 +40,53 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         made = DiskOffload(tmp_path, 0)
     yield made
     made.close()
+
+
+def device_of(store: Offload) -> torch.device:
+    return torch.device("cuda" if isinstance(store, HostOffload) else "cpu")
+
+
+def make_model(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, autocast: torch.dtype | None = None
+) -> SlideModel:
+    torch.manual_seed(0)
+    encoder = Encoder(name, tile_px=32)
+    aggregator = Aggregator(encoder.dim, 2, pooling="mean", hidden_dim=4, attention_dim=4, dropout=0.0)
+    return SlideModel(encoder, aggregator, autocast).to(device, dtype).train()
+
+
+def make_chunks(k: int, device: torch.device, count: int | None = None) -> Chunks:
+    tiles = torch.randint(0, 256, (k, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+    return Chunks(tiles.to(device), CHUNK, count or -(-k // CHUNK), seed=0, offset=0)
+
+
+def step(model: SlideModel, chunks: Chunks, saving: Saving) -> None:
+    """Forward with every graph stored, and backward."""
+    encoded = encode(model, chunks, chunks.count, saving)
+    weights = torch.linspace(-1, 1, encoded.features.numel(), device=encoded.features.device)
+    encoded.features.grad = weights.view_as(encoded.features).to(encoded.features.dtype)
+    backpropagate(model, chunks, encoded, lambda loss: loss.backward())
+
+
+def gradients(model: SlideModel) -> dict[str, Tensor]:
+    """Of the encoder's parameters, taken from it."""
+    found = {name: p.grad for name, p in model.encoder.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    assert found and any(bool(gradient.any()) for gradient in found.values()), "equality of zeros proves nothing"
+    return found
+
+
+def assert_same_gradients(model: SlideModel, chunks: Chunks, store: Offload) -> None:
+    """Bitwise, with what is saved away and with it kept."""
+    step(model, chunks, nullcontext)
+    expected = gradients(model)
+    before = store.bytes_out
+    step(model, chunks, store.saving)
+    store.clear()
+    assert store.bytes_out > before, "something has really left"
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
 @stores
@@ -231,15 +282,26 @@ def test_storage_larger_than_all_buffers(store: Offload) -> None:
         assert torch.equal(store._unpack(note), each)
 
 
-def test_file_that_may_not_grow_is_told(store: Offload) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    content = torch.zeros(2 * offload_disk.STAGE + 1, dtype=torch.uint8)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (offload_disk.STAGE + 4096, hard))
-    try:
-        with pytest.raises(UserError, match=r"File too large"):
-            store._unpack(store._pack(content))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_full_disk_is_told_and_the_next_step_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskOffload(tmp_path / "new", 0)
+    model, chunks = make_model("test_resnet", torch.device("cpu")), make_chunks(37, torch.device("cpu"))
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"/new: No space left on device.*--memory.offload-folder"):
+            step(model, chunks, store.saving)
+        store.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", lambda *args: 0)
+        with pytest.raises(UserError, match=r"/new: the file ends too early"):
+            step(model, chunks, store.saving)
+        store.clear()
+    model.zero_grad()
+    assert_same_gradients(model, chunks, store)
+    store.close()
 
 
 @stores
@@ -277,9 +339,19 @@ def test_graph_of_a_step_that_ended_is_refused(store: Offload) -> None:
     assert torch.equal(store._unpack(again), tensor)
 
 
-def test_host_memory_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"host needs a GPU.*--memory.offload-to disk"):
-        HostOffload(torch.device("cpu"))
+def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+    store = DiskOffload(tmp_path, 0)
+    model, chunks = make_model("test_resnet", torch.device("cpu")), make_chunks(37, torch.device("cpu"))
+    encoded = encode(model, chunks, chunks.count, store.saving)
+    assert encoded.graphs
+    store._fetch(next(filter(None, (each() for each in store._order))))  # waits until all is written
+    assert os.fstat(store._file.fileno()).st_size == store.bytes_out > 0
+    assert not list(tmp_path.iterdir()), "the file has no name, even while it is in use"
+    store.clear()
+    assert os.fstat(store._file.fileno()).st_size == 0
+    store.close()
+    store.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu
