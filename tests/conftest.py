@@ -92,7 +92,7 @@ def world() -> Iterator[Callable[..., World]]:
     started: dict[tuple[int, str], World] = {}
 
     def get(size: int, device: str = "cpu") -> World:
-        if (size, device) not in started:
+        if (size, device) not in started or not started[size, device].is_alive():
             started[size, device] = World(size, device)
         return started[size, device]
 
