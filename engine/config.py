@@ -12,7 +12,7 @@ from slidescale.engine.units import parse_size
 from slidescale.kernels.dispatch import KernelChoice
 
 # What a setting may say, by its name.
-SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
+SupervisionName = Literal["classes", "ordinal", "multi_label", "regression", "survival"]
 FocusSize = Literal["large", "small"]
 PoolingName = Literal["gated_attention", "mean", "max"]
 PolicyName = Literal["auto", "keep", "recompute", "offload"]
@@ -24,11 +24,12 @@ class DataConfig:
     """Slides, tiles and bags."""
 
     manifest: Path | None = None
-    """CSV with one row a slide: slide_id, case_id, path, label, split (train, val or test); paths are relative to
+    """CSV with one row per slide: slide_id, case_id, path, label, split (train, val or test); paths are relative to
     the CSV's folder. Without one the recipe draws its demo cohort and trains on that."""
     supervision: SupervisionName = "classes"
-    """What the manifest says of a slide. classes: one of two or more; multi_label: several labels, each 0, 1 or
-    missing; regression: a number; survival: a time, and whether an event was observed then or the patient last seen."""
+    """What the manifest says of a slide. classes: one of two or more; ordinal: one of several grades that have
+    an order; multi_label: several labels, each 0, 1 or missing; regression: a number; survival: a time, and whether an
+    event was observed then or the patient last seen."""
     slide_column: str = "slide_id"
     """Manifest column with a unique name for each slide."""
     case_column: str = "case_id"
@@ -36,7 +37,7 @@ class DataConfig:
     path_column: str = "path"
     """Manifest column with the slide file."""
     label_column: str = "label"
-    """Manifest column with the class, or the number (regression), or the time (survival)."""
+    """Manifest column with the class or grade, or the number (regression), or the time (survival)."""
     label_columns: tuple[str, ...] = ()
     """Manifest columns with 0 or 1, or nothing or NA where a label is missing (multi_label only)."""
     event_column: str = "event"
@@ -48,11 +49,11 @@ class DataConfig:
     """Manifest column with a slide's level-0 resolution, in µm a pixel, where the one that its file states is wrong or
     missing; an empty cell, or no such column, leaves the file's."""
     classes: tuple[str, ...] = ()
-    """Labels in the order of the logits, negative class first; empty: the sorted labels of the train split (classes
-    only)."""
+    """Labels in the order of the logits, negative class or lowest grade first (classes and ordinal only); empty: the
+    labels of the train split, sorted (grades as numbers)."""
     label_map: dict[str, str] = field(default_factory=dict)
-    """Labels to rename before they are read, each followed by its new name (classes only): --data.label-map itc tumor
-    micro tumor."""
+    """Labels to rename before they are read, each followed by its new name (classes and ordinal only): --data.label-map
+    itc tumor micro tumor."""
     survival_bins: int = 4
     """Bins of time in which a model predicts the event, cut so that each has about as many of the train split's
     (survival only)."""

@@ -61,7 +61,7 @@ def write_best(group: TileGroup, case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp+offload", *full("zero0", "zero3+offload", "fsdp")])
 def test_weights_are_those_of_the_best_checkpoint(world: GetWorld, tmp_path: Path, strategy: str) -> None:
     """Bit by bit; test_resnet has BatchNorm's buffers."""
-    world(2).run(write_best, Case(strategy=strategy, aggregator="split+gated_attention"), tmp_path)
+    world(2).run(write_best, Case(strategy=strategy, aggregator="transformer+gated_attention"), tmp_path)
 
 
 def test_weights_of_one_process(tmp_path: Path) -> None:
