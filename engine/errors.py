@@ -32,3 +32,8 @@ def near(name: str, candidates: Iterable[str]) -> str:
     """The question whether another name was meant, if one is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def flag(name: str) -> str:
+    """A setting as it is typed: "--data.tile-px" for "data.tile_px"."""
+    return f"--{name.replace('_', '-')}"

@@ -20,8 +20,9 @@ from slidescale.engine.logger import configure_logging
 from slidescale.engine.memory.two_pass import Backward, Chunks, Encoded
 from slidescale.engine.memory.usage import held_bytes, peak_gib, reset_peak
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import is_main_rank, pick_device, start_world, stop_world
+from slidescale.engine.parallel.mesh import pick_device, start_world, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.training import step
 from slidescale.engine.units import GIB, format_size
 

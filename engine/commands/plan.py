@@ -16,7 +16,7 @@ from slidescale.engine.config import (
     PolicyName,
     RunConfig,
 )
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.footprint import measure
 from slidescale.engine.memory.planner import (
@@ -101,7 +101,7 @@ class PlanRequest:
         minima = (("k", 1), ("ranks", 1), ("tile_px", 16), ("prefetch", 1), ("lora_rank", 0), ("transformer_layers", 0))
         for name, least in minima:
             if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be at least {least}")
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}: must be at least {least}")
         if self.chunk != "auto" and self.chunk < 1:
             raise ConfigError(f"--chunk is {self.chunk}: must be auto, or at least 1 tile")
         if self.memory is None and (self.device is None or self.on_cpu):

@@ -5,16 +5,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
-from slidescale.engine.commands.trained import Precision, TrainedRun, load_run
+from slidescale.engine.commands.requests import ComputeSettings, PredictRequest
+from slidescale.engine.commands.trained import TrainedRun, load_run
 from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
 from slidescale.engine.data.prefetch import TileReader
 from slidescale.engine.data.slide import Slide
@@ -41,63 +40,6 @@ from slidescale.engine.training.run_slides import known_splits
 from slidescale.engine.training.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeSettings:
-    """How a trained model is run."""
-
-    weights: Path | None = None
-    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
-    precision: Precision = "fp32"
-    """Arithmetic of matrix products. In full fp32 a slide's probability does not depend on ranks or chunks (to 1e-5);
-    bf16, which training and its predictions.csv use where the processor has it, is faster and rounds to 1 part in 256
-    at each layer, differently for each way of cutting a slide."""
-    chunk: int | None = None
-    """Tiles that go through the encoder at once; by default 128 on a GPU, 16 on a CPU."""
-    readers: int = 2
-    """Threads a rank that read tiles."""
-    default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none, or one that cannot
-    be; by default as in the run."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError(f"--chunk is {self.chunk}: must be at least 1 tile")
-        if self.readers < 1:
-            raise ConfigError(f"--readers is {self.readers}: must be at least 1 thread")
-        if self.default_mpp_um is not None and not self.default_mpp_um > 0:
-            raise ConfigError(f"--default-mpp-um is {self.default_mpp_um}: must be a positive number of µm a pixel")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictRequest(ComputeSettings):
-    """Predict slides with the best epoch of a trained run.
-
-    Under torchrun or deepspeed, ranks share each slide's tiles. A slide that cannot be predicted is told of, the others
-    are written, and the command fails.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/egfr."""
-    slides: tuple[Path, ...] = ()
-    """Slide files; a slide's name is its file's, without the ending."""
-    manifest: Path | None = None
-    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder, and
-    mpp_um where a file states no resolution or a wrong one. With the run's label columns too, and case_id for intervals
-    over patients, there are metrics and figures of the slides that have a label, beside --out."""
-    out: Path = Path("predictions.csv")
-    """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
-    two, or of each of more), k (tiles used)."""
-    heatmaps: Path | None = None
-    """Folder for each slide's attention, as `slidescale heatmap` writes it."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        super().__post_init__()
-        if bool(self.slides) == (self.manifest is not None):
-            raise ConfigError("name the slides, either by --slides or by --manifest")
 
 
 class SlidePrediction(NamedTuple):

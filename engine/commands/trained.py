@@ -7,10 +7,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
+from slidescale.engine.commands.requests import Precision
 from slidescale.engine.config import Config, flatten
 from slidescale.engine.errors import ConfigError, UserError, near
 from slidescale.engine.models.make import make_model
@@ -21,7 +22,6 @@ from slidescale.engine.training.frozen import fingerprint
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 from slidescale.kernels.dispatch import choose_kernels
 
-Precision = Literal["fp32", "bf16"]
 Settings = TypeVar("Settings")
 
 

@@ -15,7 +15,7 @@ from slidescale.engine.data.resolution import POSSIBLE_UM
 from slidescale.engine.data.same_slide import look_at, same_slides
 from slidescale.engine.data.table import Record, read_table
 from slidescale.engine.data.targets import is_missing, is_unlabelled, read_targets
-from slidescale.engine.errors import ManifestError, near
+from slidescale.engine.errors import ManifestError, flag, near
 
 Split = Literal["train", "val", "test"]
 
@@ -218,7 +218,7 @@ def _roles(config: DataConfig) -> list[tuple[str, str]]:
         names.append("label_column")
     if config.supervision == "survival":
         names.append("event_column")
-    roles = [(f"--data.{name.replace('_', '-')}", getattr(config, name)) for name in names]
+    roles = [(flag(f"data.{name}"), getattr(config, name)) for name in names]
     return roles + [("--data.label-columns", name) for name in config.label_columns]
 
 

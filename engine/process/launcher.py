@@ -11,6 +11,11 @@ from pathlib import Path
 LAUNCHERS = {"torchrun", "deepspeed", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"}
 
 
+def is_main_rank() -> bool:
+    """Whether this process speaks for all ranks; known before they meet."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def find_launchers() -> tuple[int, ...]:
     """The process's parent, the parent's parent, and so on, up to the outermost launcher; empty where there is none.
 

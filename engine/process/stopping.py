@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from slidescale.engine.parallel.mesh import is_main_rank
 from slidescale.engine.process import launcher
+from slidescale.engine.process.launcher import is_main_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Time to unwind in: to close files, and to let reads end that have begun. Launchers send SIGKILL after 30 s.
