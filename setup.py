@@ -44,6 +44,7 @@ setup(
         "scipy>=1.15",
         "tyro>=1.0,<2",
         "tabulate>=0.9",
+        "dacite>=1.9,<2",
         "tqdm>=4.66",
         "matplotlib>=3.10",
     ],

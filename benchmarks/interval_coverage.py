@@ -12,15 +12,12 @@ slides of a patient were independent. The table is printed, and written into doc
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from scipy.stats import norm
 
-from slidescale.engine.evaluation import intervals
-from slidescale.engine.evaluation.intervals import report
+from slidescale.engine.evaluation.intervals import estimate
 
 from common.page import table, write_section
 
@@ -79,18 +76,20 @@ def draw_cohort(setting: Setting, draws: np.random.Generator) -> tuple[np.ndarra
 
 def covers(setting: Setting, cohorts: int, resamples: int, methods: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yield for each cohort, by method, the two ends of the interval of each of the `METRICS`; NaN where undefined."""
-    percentiles = partial(mock.patch.object, intervals, "_ends", lambda *_: None)
     for seed in range(cohorts):
         targets, outputs, patient = draw_cohort(setting, np.random.default_rng(seed))
         found = {}
         for method in methods:
             cases = range(len(patient)) if method == "slides one by one" else patient
-            ask = partial(report, "classes", targets, outputs, list(map(str, cases)), NAMES, resamples=resamples)
-            if method == "percentiles":
-                with percentiles():
-                    values = ask().values
-            else:
-                values = ask().values
+            values = estimate(
+                "classes",
+                targets,
+                outputs,
+                list(map(str, cases)),
+                NAMES,
+                resamples=resamples,
+                percentiles=method == "percentiles",
+            ).values
             found[method] = np.array(
                 [(values[metric].low, values[metric].high) for metric in METRICS], dtype=float
             )  # None is NaN

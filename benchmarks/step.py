@@ -24,7 +24,7 @@ from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Share, Step
 from slidescale.engine.training.place import has_bf16
 from slidescale.engine.training.step import TrainStep

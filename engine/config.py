@@ -115,22 +115,6 @@ class DataConfig:
         }
         check(self, rules, "data")
         require(len(self.classes) != 1, "data.classes", self.classes, "must be at least two, or none")
-        self._check_supervision()
-
-    def _check_supervision(self) -> None:
-        """Refuse settings that belong to another kind of supervision."""
-        defaults = {each.name: each.default for each in dataclasses.fields(self)} | {"label_map": {}}
-        for names, supervisions in (
-            (("classes", "label_map"), ("classes",)),
-            (("label_columns",), ("multi_label",)),
-            (("event_column", "survival_bins"), ("survival",)),
-            (("label_column",), ("classes", "regression", "survival")),
-        ):
-            for name in names:
-                value, rule = getattr(self, name), f"is for --data.supervision {', '.join(supervisions)}"
-                require(self.supervision in supervisions or value == defaults[name], f"data.{name}", value, rule)
-        labels = self.label_columns
-        require(self.supervision != "multi_label" or bool(labels), "data.label_columns", labels, "must name a column")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,13 @@ import torch
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.synthetic import write_demo_cohort
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.evaluation.metrics import HEADLINES
+from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.usage import reset_peak
 from slidescale.engine.models.make import describe_encoder, make_model
@@ -27,15 +26,17 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
 from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.held import Holding, optimizer_of
 from slidescale.engine.strategies.make import make_strategy
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
-from slidescale.engine.supervision.objective import Objective, fit_objective, make_objective
+from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective, supervision_of
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_name
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.frozen import encode_cohort, fingerprint
 from slidescale.engine.training.place import Place, choose_allocation, choose_place, meet
-from slidescale.engine.training.plan import make_offload, plan_encoding, plan_run
+from slidescale.engine.training.plan import make_offload, measure_model, plan_encoding, plan_step
 from slidescale.engine.training.run_folder import (
     check_same_settings,
     check_same_subject,
@@ -52,8 +53,6 @@ from slidescale.engine.units import GIB
 
 log = logging.getLogger(__name__)
 
-MakeModel = Callable[[Config], SlideModel]
-
 
 def run(config: Config) -> Path:
     """Train as a config says.
@@ -66,15 +65,15 @@ def run(config: Config) -> Path:
     """
     note("before the first epoch", RESUME if config.resume else AGAIN)
     check_launcher()
+    check_settings(config.data, config.optim)
     place = choose_place(config)
     reset_peak(place.device)  # an earlier run's, of the same process
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     place = meet(config, place)
     manifest = manifest or _demo_manifest(config, place.mesh)
-    objective = _fit_objective(config, manifest)
+    objective = fit_objective(manifest.classes, [row.target for row in manifest.split("train")], config)
     choose_allocation(config, place.device)
-    make = partial(make_model, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels)
-    model = make(config).to(place.device)
+    model = make_model(config, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels).to(place.device)
     describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
     folder = _find_or_open_run_folder(config, manifest, frozen_encoder, place.mesh)
@@ -89,11 +88,12 @@ def run(config: Config) -> Path:
     )
     cohort, reader = _open_cohort(config, place, manifest, folder)
     if frozen_encoder is not None:
-        reader = _encode_cohort(config, place, make, model, frozen_encoder, cohort, reader)
+        reader = _encode_cohort(config, place, model, frozen_encoder, cohort, reader)
         model = model.without_encoder()
         reset_peak(place.device)  # training's own counts from here
+    measured = meta_copy(model)
     strategy, ds_config = _make_strategy(config, place, model, cohort)
-    plan = _plan(config, place, make, strategy, ds_config, cohort)
+    plan = _plan(config, place, measured, reader, strategy, ds_config, cohort)
     checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
     progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
     if config.resume:
@@ -120,32 +120,6 @@ def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
                 "file, or the hub's cache the same, on every machine"
             )
     return first
-
-
-def _fit_objective(config: Config, manifest: Manifest) -> Objective:
-    weights, names = config.optim.class_weights, manifest.classes
-    if weights:
-        if manifest.supervision not in ("classes", "multi_label"):
-            raise ConfigError(
-                f"--optim.class-weights is {weights}: is for --data.supervision classes and multi_label, and that is "
-                f"{manifest.supervision}"
-            )
-        if len(weights) != len(names):
-            what = "classes" if manifest.supervision == "classes" else "labels"
-            raise ConfigError(f"optim.class_weights has {len(weights)} values for {len(names)} {what}: {names}")
-    if config.optim.censored_alpha and manifest.supervision != "survival":
-        raise ConfigError(
-            f"--optim.censored-alpha is {config.optim.censored_alpha}: is for --data.supervision survival, and that is "
-            f"{manifest.supervision}"
-        )
-    return fit_objective(
-        manifest.supervision,
-        len(names),
-        [row.target for row in manifest.split("train")],
-        class_weights=weights,
-        survival_bins=config.data.survival_bins,
-        censored_alpha=config.optim.censored_alpha,
-    )
 
 
 def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
@@ -212,12 +186,9 @@ def _open_cohort(config: Config, place: Place, manifest: Manifest, folder: Path)
 
 
 def _describe(cohort: Cohort) -> None:
-    manifest, names = cohort.manifest, cohort.manifest.classes
-    if manifest.supervision == "classes":
-        of = f"those of {names[1]}" if len(names) == 2 else "of each, and the mean"
-        log.info(
-            "classes: %s (--data.classes gives another order); probabilities and AUROC are %s", ", ".join(names), of
-        )
+    manifest = cohort.manifest
+    if words := supervision_of(manifest.supervision).describe(manifest.classes):
+        log.info("%s", words)
     if not cohort.usable("val"):
         log.warning("no slide is in split 'val': no epoch can be chosen as the best, and the last one is kept")
     for split in ("train", "val", "test"):
@@ -250,7 +221,6 @@ def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
 def _encode_cohort(
     config: Config,
     place: Place,
-    make: MakeModel,
     model: SlideModel,
     frozen_encoder: str,
     cohort: Cohort,
@@ -270,7 +240,7 @@ def _encode_cohort(
         precision="bf16" if place.bf16 else "fp32",
         dim=model.encoder.dim,
     )
-    chunk = plan_encoding(config, make, mesh=place.mesh, device=place.device)
+    chunk = plan_encoding(model, reader.blank(1)[0], config.memory, mesh=place.mesh)
     encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
     reader.close()
     return FeatureReader(store, threads=config.data.readers, pin=place.device.type == "cuda")
@@ -318,21 +288,21 @@ def _count_parameters(model: torch.nn.Module) -> int:
 def _plan(
     config: Config,
     place: Place,
-    make: MakeModel,
+    measured: SlideModel,
+    reader: TileReader,
     strategy: Strategy,
     ds_config: dict[str, Any] | None,
     cohort: Cohort,
 ) -> Plan:
-    """What of a step is kept in memory, for the largest bag."""
-    return plan_run(
-        config,
-        (lambda settings: make(settings).without_encoder()) if config.model.frozen else make,
-        strategy=strategy.name,
-        ds_config=ds_config,
-        k=max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train")),
-        mesh=place.mesh,
-        device=place.device,
-    )
+    """What of a step is kept in memory, for the largest bag.
+
+    Args:
+        measured: the model as it was before its strategy had it.
+    """
+    k = max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
+    footprint = measure_model(measured, reader.blank(1), config.memory, k=k, mesh=place.mesh)
+    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, optimizer_of(config.optim, ds_config))
+    return plan_step(footprint, config.memory, holding, k=k, prefetch=config.data.prefetch, mesh=place.mesh)
 
 
 def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_a_step: int) -> Progress:
@@ -363,7 +333,10 @@ def _train(
     folder: Path,
 ) -> None:
     """Train, and leave nothing open, whatever happens."""
-    offload = make_offload(config, folder, place.mesh, place.device)
+    memory = config.memory
+    if memory.policy == "offload" and memory.offload_folder is None:
+        memory = replace(memory, offload_folder=folder / "offload")
+    offload = make_offload(memory, place.mesh)
     train_step = TrainStep(strategy, objective, place.mesh, chunk=plan.chunk, offload=offload)
     feed = Feed(config, cohort, reader, place.mesh, plan)
     slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
@@ -375,11 +348,12 @@ def _train(
         step=progress.step,
         again=progress.unreported is not None and bool(progress.unreported.last_scalars),
     )
+    headline = supervision_of(config.data.supervision).headline
     run_log.hyperparameters(
         config.flat(),
         Config(run=RunConfig(name=config.run.name)).flat(),
-        best_names(config.data.supervision),
-        HEADLINES[config.data.supervision],
+        best_names(headline),
+        headline,
     )
     try:
         Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)

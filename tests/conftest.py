@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from slidescale.engine.data import retry
-from slidescale.engine.data.synthetic import write_demo_cohort
+from slidescale.engine.data.demo_cohort import write_demo_cohort
 
 from support.worlds import World
 

@@ -12,11 +12,11 @@ from slidescale.engine.evaluation.figures import (
     confusion,
     draw,
     kaplan_meier,
-    one_against_rest,
     precision_recall_curves,
     roc_curves,
 )
 from slidescale.engine.evaluation.metrics import measure
+from slidescale.engine.supervision.make import supervision_of
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_curves_have_the_areas_of_the_metrics(classes: int) -> None:
     labels, outputs = predicted(67, classes)
     names = [f"class {c}" for c in range(classes)]
     values = measure("classes", labels, outputs, names)
-    questions = one_against_rest("classes", labels, outputs, names)
+    questions = supervision_of("classes").questions(labels, outputs, names)
     rocs, precisions = roc_curves(questions), precision_recall_curves(questions)
     assert [curve.name for curve in rocs] == (names[1:] if classes == 2 else names)
     # Trapezoids under the points that are drawn; sums of some dozen doubles.
@@ -107,7 +107,7 @@ def test_curves_have_the_areas_of_the_metrics(classes: int) -> None:
 def test_curves_of_labels_leave_out_what_is_missing() -> None:
     targets = np.array([[1, 0, np.nan], [0, 0, np.nan], [np.nan, 0, np.nan], [1, 0, 1]], dtype=float)
     outputs = np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 0.5], [0.0, 0.5, 0.5], [0.8, 0.5, 0.5]])
-    questions = one_against_rest("multi_label", targets, outputs, ["a", "b", "c"])
+    questions = supervision_of("multi_label").questions(targets, outputs, ["a", "b", "c"])
     assert [name for name, *_ in questions] == ["a"]
     assert questions[0][2].tolist() == [0.9, 0.1, 0.8]
     assert roc_curves(questions)[0].area == 1.0
@@ -182,8 +182,8 @@ def test_precision_is_beside_the_share_of_positive_slides() -> None:
     """Which is what a model that knows nothing has."""
     targets, outputs, names = cohort("classes", 53)
     for curve, (_, truth, _) in zip(
-        precision_recall_curves(one_against_rest("classes", targets, outputs, names)),
-        one_against_rest("classes", targets, outputs, names),
+        precision_recall_curves(supervision_of("classes").questions(targets, outputs, names)),
+        supervision_of("classes").questions(targets, outputs, names),
         strict=True,
     ):
         assert curve.positive == truth.mean()

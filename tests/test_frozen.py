@@ -7,9 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,29 +20,31 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from slidescale.engine import logger
-from slidescale.engine import run as run_module
 from slidescale.engine.commands import recipe as main
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
+from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import ManifestRow, read_manifest
-from slidescale.engine.data.prefetch import TileRequest
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.memory.footprint import measure
-from slidescale.engine.memory.planner import Job, choose
+from slidescale.engine.memory.needs import Job
+from slidescale.engine.memory.planner import choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.shared_count import SharedCount
+from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training import frozen
-from slidescale.engine.training.frozen import encode_cohort, encode_slide, fingerprint
+from slidescale.engine.training.frozen import deal, encode_cohort, encode_slide, fingerprint
 
 from conftest import damage, read_csv
 from support.worlds import PATIENCE_S, World, free_port
@@ -111,7 +112,7 @@ def kept(out: Path) -> dict[str, Path]:
 
 
 def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
-    with Slide(row.path) as slide:
+    with open_slide(row.path) as slide:
         return torch.from_numpy(np.stack([slide.read(int(x), int(y), (64, 64), 0.5) for x, y in tiling.coords]))
 
 
@@ -263,71 +264,81 @@ def test_reading_features(tmp_path: Path, demo_manifest: Path) -> None:
     reader.close()
 
 
-def encode_beside_a_slow_rank(group: TileGroup, config: Config) -> list[int]:
-    """Tiles of the slides that this rank encodes; the second one's first slide takes as long as the first has work."""
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
+def test_slides_are_dealt_out_by_size(ranks: int) -> None:
+    sizes = np.random.default_rng(0).lognormal(8, 1, 30).astype(int).tolist()
+    tiles = {f"s{index}": size for index, size in enumerate(sizes)} | {"a": 5, "b": 5}
+    shares = deal(tiles, ranks)
+    assert len(shares) == ranks
+    assert sorted(slide_id for share in shares for slide_id in share) == sorted(tiles), "each slide once"
+    loads = [sum(tiles[slide_id] for slide_id in share) for share in shares]
+    assert max(loads) <= max(4 / 3 * sum(sizes) / ranks, max(sizes))
+    for share in shares:
+        assert share == sorted(share, key=lambda slide_id: -tiles[slide_id])
+    assert deal(dict(reversed(tiles.items())), ranks) == shares, "also where slides of one size come in another order"
+    assert deal({}, ranks) == [[]] * ranks
+
+
+def encode_beside_a_slow_rank(group: TileGroup, config: Config) -> tuple[list[int], list[list[str]], float]:
+    """Tiles of the slides that this rank encodes; the second rank's first slide takes until the first rank has ended.
+
+    Also what was dealt, and how long ranks wait for each other at the end, in seconds.
+    """
     slides: list[int] = []
-    has_begun, polls = config.run.out / "the second rank has begun", config.run.out / "the first rank polls"
+    shares: list[list[str]] = []
+    limits: list[float] = []
+    has_ended = config.run.out / "the first rank has ended"
 
-    def wait_for(file: Path) -> None:
-        deadline = time.monotonic() + PATIENCE_S / 2
-        while not file.exists():
-            assert time.monotonic() < deadline, f"never: {file.name}"
-            time.sleep(0.05)
+    def deal_and_note(*args: Any) -> list[list[str]]:
+        shares.extend(deal(*args))
+        return shares
 
-    def encode(model: SlideModel, row: ManifestRow, tiling: Tiling, *args: Any, **settings: Any) -> Any:
+    def encode(model: SlideModel, row: ManifestRow, tiling: Tiling, *args: Any, **settings: Any) -> Iterator[Tensor]:
         slides.append(len(tiling.coords))
-        if len(slides) == 1 and group.rank == 1:
-            has_begun.touch()
-            wait_for(polls)
-        elif len(slides) == 1:
-            wait_for(has_begun)
-        return encode_slide(model, row, tiling, *args, **settings)
+        deadline = time.monotonic() + PATIENCE_S / 2
+        while group.rank == 1 and not has_ended.exists():
+            assert time.monotonic() < deadline, "the first rank waits for the second"
+            time.sleep(0.05)
+        yield from encode_slide(model, row, tiling, *args, **settings)
+        if len(slides) == len(shares[0]):
+            has_ended.touch()
 
-    def poll(seconds: float) -> None:
-        if group.rank == 0:
-            polls.touch()
-        time.sleep(seconds)
+    def gather(group: RankGroup, item: Any) -> Any:
+        if group.process_group is not None:
+            backend = group.process_group._get_backend(torch.device("cpu"))
+            limits.append(backend.options._timeout.total_seconds())
+        return gather_objects(group, item)
 
-    def encode_all(*args: Any, **settings: Any) -> None:
-        encode_cohort(*args, **settings)
-        raise KeyboardInterrupt
-
+    manifest = read_manifest(config.data.manifest, config.data)
+    cohort = Cohort(manifest, group, max_excluded=0, excluded_csv=config.run.out / "excluded.csv")
+    cohort.tile(SPEC, config.run.out / "tilings", threads=1)
+    model = make_model(config, classes=2, bf16=False, kernels="torch")
+    named = {"encoder": "e", "fingerprint": "1", "precision": "fp32", "dim": model.encoder.dim}
+    store = FeatureStore(config.run.out / "features", SPEC, **named)
+    reader = TileReader(SPEC, threads=1, pin=False)
+    gather_objects = RankGroup.gather_objects
     with (
-        mock.patch.object(frozen, "time", SimpleNamespace(sleep=poll, perf_counter=time.perf_counter)),
+        mock.patch.object(frozen, "deal", deal_and_note),
         mock.patch.object(frozen, "encode_slide", encode),
-        mock.patch.object(run_module, "encode_cohort", encode_all),
-        pytest.raises(KeyboardInterrupt),
+        mock.patch.object(RankGroup, "gather_objects", gather),
     ):
-        main.run(config)
-    return slides
+        encode_cohort(model, cohort, store, reader, Mesh(group, group), chunk=64, device=torch.device("cpu"))
+    reader.close()
+    (limit,) = limits
+    return slides, shares, limit
 
 
-def test_a_slow_rank_is_waited_for_outside_of_collectives(
+def test_ranks_encode_their_shares_and_wait_once_without_a_limit(
     demo_manifest: Path, tmp_path: Path, weights: Path, world: Callable[..., World]
 ) -> None:
-    """These have a time limit; and the others take the slides that it does not come to, largest first."""
     config = make_config(demo_manifest, tmp_path, weights)
-    fast, slow = world(2).run(encode_beside_a_slow_rank, config)
-    tiles = [len(load_file(file)["coords"]) for file in kept(tmp_path).values()]
-    assert sorted(fast + slow) == sorted(tiles), "each slide once"
-    assert len(slow) == 1 < len(fast)
-    assert fast == sorted(fast, reverse=True)
-
-
-def count_together(group: TileGroup) -> tuple[list[int], int]:
-    shared, other = SharedCount(group), SharedCount(group)
-    drawn = [shared.add(1) for _ in range(100)]
-    other.add(5)
-    group.barrier()
-    return drawn, other.add(0)
-
-
-def test_a_count_is_shared(world: Callable[..., World]) -> None:
-    for _ in range(2):  # begins anew each time
-        (first, _), (second, total) = world(2).run(count_together)
-        assert sorted(first + second) == list(range(1, 201))
-        assert total == 10
-    assert [count_together(TileGroup())[0][index] for index in (0, 99)] == [1, 100]
+    (fast, shares, limit), (slow, others, _) = world(2).run(encode_beside_a_slow_rank, config)
+    assert shares == others, "every rank deals alike"
+    tiles = {name: len(load_file(file)["coords"]) for name, file in kept(tmp_path).items()}
+    assert sorted(shares[0] + shares[1]) == sorted(tiles), "each slide once"
+    assert [fast, slow] == [[tiles[slide_id] for slide_id in share] for share in shares]
+    assert abs(sum(fast) - sum(slow)) <= max(tiles.values())
+    assert limit > 30 * 86_400
 
 
 def test_encoding_tells_how_far_it_is(
@@ -424,8 +435,8 @@ def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
 def test_the_plan_counts_features_and_no_encoder() -> None:
     config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
     footprint = measure(
-        lambda: make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
-        tile_px=224,
+        make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
+        torch.empty(192),
         chunks=[1, 1024],
         bags=[1, 1000],
     )

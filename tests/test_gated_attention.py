@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from slidescale.engine.memory.footprint import LiveBytes
-from slidescale.engine.memory.planner import POOLING_BYTES
+from slidescale.engine.memory.live_bytes import LiveBytes
+from slidescale.engine.memory.needs import POOLING_BYTES
 from slidescale.kernels import dispatch
 from slidescale.kernels.gated_attention import (
     Attended,

@@ -19,7 +19,7 @@ from slidescale.engine.commands.heatmap import HeatmapRequest, draw_heatmap
 from slidescale.engine.commands.predict import ComputeSettings, Predictor, SlidePrediction
 from slidescale.engine.commands.trained import load_run
 from slidescale.engine.data.manifest import NamedFile
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import PX_A_TILE, attention_geojson, write_attention
@@ -41,7 +41,7 @@ SPEC = TileSpec(tile_px=56, mpp_um=0.523, min_tissue=0.5, default_mpp_um=None)
 def written(real_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tiling, np.ndarray]:
     """The folder of the real slide's files, its tiling, and weights that span all colours."""
     folder = tmp_path_factory.mktemp("attention")
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         tiling = tile_slide(slide, SPEC)
         weights = np.exp(np.random.default_rng(0).normal(0, 2, len(tiling.coords)))
         weights /= weights.sum()
@@ -107,7 +107,7 @@ def test_geojson_squares_are_the_tiles(written: tuple[Path, Tiling, np.ndarray],
     beside = [(x1, key[1]) in corners for key, (x1, _) in squares.items()]
     right = {(column + 1, row) for column, row in tiling.cells.tolist()} & set(map(tuple, tiling.cells.tolist()))
     assert sum(beside) == len(right) > 100
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         assert max(x for x, _ in squares.values()) <= slide.width
         assert max(y for _, y in squares.values()) <= slide.height
 
@@ -153,7 +153,7 @@ def test_geojson_of_a_whole_slide_is_of_sensible_size() -> None:
 def test_tiff_lies_where_the_slide_does(written: tuple[Path, Tiling, np.ndarray], real_slide: Path) -> None:
     folder, tiling, weights = written
     colours = np.rint(attention_colours(weights)).astype(np.uint8)
-    with openslide.OpenSlide(folder / "real_attention.tif") as tiff, Slide(real_slide) as slide:
+    with openslide.OpenSlide(folder / "real_attention.tif") as tiff, open_slide(real_slide) as slide:
         assert tiff.properties["openslide.vendor"] == "generic-tiff"
         scale = tiling.side_px / PX_A_TILE
         for axis in "xy":
@@ -236,7 +236,7 @@ def test_files_lie_within_the_slides_bounds(real_slide: Path, tmp_path: Path) ->
     spec = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
     offset = (64 * 9, 64 * 14)
     path = write_leica(tmp_path / "bounded.scn", image, offset, 0.5)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         assert (slide.width, slide.height) == (4 * 1024, 4 * 1280)
         assert tuple(slide.bounds) == (*offset, 1024, 1280)
         tiling = tile_slide(slide, spec)
@@ -255,7 +255,7 @@ def test_files_lie_within_the_slides_bounds(real_slide: Path, tmp_path: Path) ->
         plain = np.asarray(tiff.read_region((0, 0), 0, tiff.dimensions).convert("RGB"))
     for (x, y), colour in zip(np.array(corners), colours, strict=True):
         np.testing.assert_array_equal(plain[int((y + 32) / scale), int((x + 32) / scale)], colour)
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         assert tuple(slide.bounds) == (0, 0, slide.width, slide.height), "a file without bounds"
 
 

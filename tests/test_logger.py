@@ -15,8 +15,8 @@ from slidescale.engine import logger
 from slidescale.engine.commands import recipe as main
 from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.logger import Meter
+from slidescale.engine.supervision.make import KINDS
 from slidescale.engine.training.run_log import CORE_SETTINGS, MOST_SETTINGS, RunLog
 from slidescale.engine.training.stopwatch import PHASES
 
@@ -122,7 +122,7 @@ SCALARS = {
 }
 
 
-@pytest.mark.parametrize("headline", sorted(set(HEADLINES.values())))
+@pytest.mark.parametrize("headline", sorted({kind.headline for kind in KINDS.values()}))
 def test_custom_scalars_tab(headline: str, tmp_path: Path) -> None:
     """Validation comes first, and no chart has two curves of a run, to which TensorBoard gives one colour."""
     run_log = RunLog(tmp_path, main=True, slides=4, done=0, step=0)

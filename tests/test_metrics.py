@@ -14,8 +14,9 @@ from scipy.stats import pearsonr
 from sklearn import metrics as reference
 
 from slidescale.engine.config import SupervisionName
-from slidescale.engine.evaluation.intervals import Estimate, Report, by_patient, describe, report
-from slidescale.engine.evaluation.metrics import confidence_bin, measure
+from slidescale.engine.evaluation.intervals import Estimate, Estimates, by_patient, describe, estimate
+from slidescale.engine.evaluation.metrics import measure
+from slidescale.engine.supervision.rates import confidence_bin
 
 # Sums of some hundred doubles in another order.
 CLOSE = pytest.approx
@@ -225,7 +226,7 @@ def test_intervals_are_those_of_resampled_cohorts(kind: SupervisionName) -> None
     """Weights stand for slides drawn so often: the metrics of cohorts that are really put together are the same."""
     targets, outputs, names = cohort(kind, 47)
     cases = [f"patient {slide // 3}" for slide in range(47)]
-    found = report(kind, targets, outputs, cases, names, resamples=60, seed=5)
+    found = estimate(kind, targets, outputs, cases, names, resamples=60, seed=5)
     patients, patient = np.unique(cases, return_inverse=True)
     draws = np.random.default_rng(5).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=60)
     resampled = []
@@ -236,15 +237,15 @@ def test_intervals_are_those_of_resampled_cohorts(kind: SupervisionName) -> None
         measure(kind, targets, outputs, names).values()
     )
     wide = 0
-    for metric, estimate in found.values.items():
+    for metric, each in found.values.items():
         values = [each[metric] for each in resampled if each[metric] is not None]
         if metric.rpartition("/")[2] in ("support", "slides", "pairs") or len(values) < 54 or np.ptp(values) < 1e-12:
-            assert estimate.low is None and estimate.high is None
+            assert each.low is None and each.high is None
         else:
             brier = (0, 2) if kind == "classes" else (0, 1)  # a sum over three classes
-            by_hand = interval_by_hand(metric, estimate.value, values, len(patients), brier)
-            assert (estimate.low, estimate.high) == CLOSE(by_hand), metric
-            wide += estimate.low < estimate.high
+            by_hand = interval_by_hand(metric, each.value, values, len(patients), brier)
+            assert (each.low, each.high) == CLOSE(by_hand), metric
+            wide += each.low < each.high
     assert wide, "all resamples are alike"
 
 
@@ -264,26 +265,26 @@ def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch: pytest.Monk
 def test_copies_of_slides_tell_nothing_new(kind: SupervisionName) -> None:
     targets, outputs, names = cohort(kind, 41)
     cases = [f"patient {slide}" for slide in range(41)]
-    once = report(kind, targets, outputs, cases, names, resamples=300)
+    once = estimate(kind, targets, outputs, cases, names, resamples=300)
     again = np.repeat(np.arange(41), 4)
-    copied = report(kind, targets[again], outputs[again], np.repeat(cases, 4), names, resamples=300)
+    copied = estimate(kind, targets[again], outputs[again], np.repeat(cases, 4), names, resamples=300)
     one_by_one = [str(slide) for slide in range(164)]
-    independent = report(kind, targets[again], outputs[again], one_by_one, names, resamples=300)
-    for metric, estimate in once.values.items():
-        if estimate.low is not None:
+    independent = estimate(kind, targets[again], outputs[again], one_by_one, names, resamples=300)
+    for metric, each in once.values.items():
+        if each.low is not None:
             other, narrow = copied.values[metric], independent.values[metric]
-            assert (other.value, other.low, other.high) == CLOSE((estimate.value, estimate.low, estimate.high)), metric
+            assert (other.value, other.low, other.high) == CLOSE((each.value, each.low, each.high)), metric
             # The likely bug, slides drawn one by one, halves the interval. (The share of it that is drawn is random.)
-            assert narrow.high - narrow.low < 0.75 * (estimate.high - estimate.low), metric
+            assert narrow.high - narrow.low < 0.75 * (each.high - each.low), metric
 
 
 def test_a_class_of_one_patient_has_no_interval() -> None:
     targets = np.array([[1.0]] * 3 + [[0.0]] * 20)
     outputs = np.random.default_rng(4).dirichlet([2, 2], 23)
-    alone = report("classes", targets, outputs, ["x"] * 3 + [str(slide) for slide in range(20)], ["a", "b"])
+    alone = estimate("classes", targets, outputs, ["x"] * 3 + [str(slide) for slide in range(20)], ["a", "b"])
     assert alone.values["auroc"].value is not None and alone.values["auroc"].low is None
     assert alone.values["accuracy"].low is not None
-    one_patient = report("classes", targets, outputs, ["x"] * 23, ["a", "b"])
+    one_patient = estimate("classes", targets, outputs, ["x"] * 23, ["a", "b"])
     assert one_patient.values["accuracy"].value is not None and one_patient.values["accuracy"].low is None
 
 
@@ -296,7 +297,7 @@ def test_tiny_and_perfect_cohorts_have_no_interval() -> None:
         if not perfect:
             scores[0], scores[-1] = 0.7, 0.3
         cases = [str(slide) for slide in range(len(targets))]
-        return report("classes", targets, np.c_[1 - scores, scores], cases, ["a", "b"]).values["auroc"]
+        return estimate("classes", targets, np.c_[1 - scores, scores], cases, ["a", "b"]).values["auroc"]
 
     for slides, perfect in ((2, True), (4, False), (50, True)):
         assert (auroc(slides, perfect=perfect).low, auroc(slides, perfect=perfect).high) == (None, None)
@@ -316,7 +317,7 @@ def test_a_rare_class_costs_its_own_intervals(kind: SupervisionName, metric: str
     _, outputs = classified(60, 3)
     labels = np.r_[np.arange(56) % 2, [2] * 4]
     targets = labels[:, None].astype(float) if kind == "classes" else np.eye(3)[labels]
-    found = report(kind, targets, outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
+    found = estimate(kind, targets, outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
     assert found[metric].low is not None
     assert [found[name].low for name in without] == [None] * len(without)
     assert kind != "classes" or found["accuracy"].low is not None
@@ -325,7 +326,7 @@ def test_a_rare_class_costs_its_own_intervals(kind: SupervisionName, metric: str
 def test_a_class_that_few_are_not_of_has_no_interval_of_its_area() -> None:
     _, outputs = classified(60, 3)
     labels = np.r_[[0] * 56, 1, 1, 2, 2].astype(float)
-    found = report("classes", labels[:, None], outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
+    found = estimate("classes", labels[:, None], outputs, [str(slide) for slide in range(60)], ["a", "b", "c"]).values
     assert found["class/a/recall"].low is not None
     assert found["class/a/auroc"].value is not None and found["class/a/auroc"].low is None
 
@@ -335,9 +336,9 @@ def test_survival_of_few_events_has_no_interval() -> None:
     targets[:, 1] = 0
     targets[:4, 1] = 1
     cases = [str(slide) for slide in range(40)]
-    assert report("survival", targets, risks, cases, ["risk"]).values["concordance"].low is None
+    assert estimate("survival", targets, risks, cases, ["risk"]).values["concordance"].low is None
     targets[4, 1] = 1
-    assert report("survival", targets, risks, cases, ["risk"]).values["concordance"].low is not None
+    assert estimate("survival", targets, risks, cases, ["risk"]).values["concordance"].low is not None
 
 
 # ---- patients
@@ -361,26 +362,26 @@ def test_metrics_of_patients(kind: SupervisionName) -> None:
     again = np.repeat(np.arange(41), np.arange(41) % 4 + 1)
     noise = np.random.default_rng(5).normal(size=(len(again), 1)) * 0.01
     cases = [f"patient {slide:02}" for slide in again]
-    found = report(kind, targets[again], outputs[again] + noise, cases, names, resamples=20)
+    found = estimate(kind, targets[again], outputs[again] + noise, cases, names, resamples=20)
     means = np.array([(outputs[again] + noise)[again == patient].mean(0) for patient in range(41)])
-    assert isinstance(found.patients, Report) and found.patients.count == 41 and found.count == len(again)
+    assert isinstance(found.patients, Estimates) and found.patients.count == 41 and found.count == len(again)
     expected = measure(kind, targets, means, names)
-    assert {metric: estimate.value for metric, estimate in found.patients.values.items()} == {
+    assert {metric: each.value for metric, each in found.patients.values.items()} == {
         metric: None if value is None else CLOSE(value) for metric, value in expected.items()
     }
     assert found.patients.headline[1] != found.headline[1], "or this proves nothing"
     assert found.as_json()["patients"]["count"] == 41
     assert f"41 patients, by the mean of their slides: {found.headline[0]}" in describe(found)
     assert found.patients.patients is None
-    alone = report(kind, targets, outputs, [str(slide) for slide in range(41)], names, resamples=20)
+    alone = estimate(kind, targets, outputs, [str(slide) for slide in range(41)], names, resamples=20)
     assert alone.patients is None and "patients" not in alone.as_json()
 
 
 def test_patients_whose_slides_differ_are_not_measured() -> None:
     targets, outputs = classified(20, 2)
-    found = report("classes", targets, outputs, [str(slide // 2) for slide in range(20)], ["a", "b"], resamples=20)
+    found = estimate("classes", targets, outputs, [str(slide // 2) for slide in range(20)], ["a", "b"], resamples=20)
     assert "have different targets" in found.as_json()["patients"]["note"]
-    assert "no metrics a patient" in describe(found)
+    assert "no metrics per patient" in describe(found)
 
 
 # ---- what is written
@@ -398,40 +399,40 @@ def test_what_is_undefined_is_none() -> None:
     assert missing["auroc"] is None and missing["a/f1"] is None and missing["a/slides"] == 0
     for kind in KINDS:
         targets, outputs, names = cohort(kind, 7)
-        found = report(kind, targets[:0], outputs[:0], [], names)
-        assert {estimate.value for estimate in found.values.values()} <= {None, 0.0}
+        found = estimate(kind, targets[:0], outputs[:0], [], names)
+        assert {each.value for each in found.values.values()} <= {None, 0.0}
         assert found.headline[1] is None
 
 
 def test_a_resample_of_equal_values_has_no_r2() -> None:
     """The mean of equal numbers is not always exactly theirs: no quotient by what rounding left."""
     targets = np.array([[0.1]] * 6 + [[0.3]])
-    found = report("regression", targets, targets + 0.01, list("abcdefg"), ["value"], resamples=400)
+    found = estimate("regression", targets, targets + 0.01, list("abcdefg"), ["value"], resamples=400)
     assert found.values["r2"].value is not None and found.values["r2"].low is None
 
 
 def test_a_report_as_json_and_text() -> None:
     targets, outputs, names = cohort("classes", 41)
-    found = report("classes", targets, outputs, [str(slide) for slide in range(41)], names, resamples=50)
+    found = estimate("classes", targets, outputs, [str(slide) for slide in range(41)], names, resamples=50)
     assert found.headline == ("auroc", found.values["auroc"].value)
     written = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert written["headline"] == {"metric": "auroc", "value": found.values["auroc"].value}
     assert written["values"]["ece"]["high"] == found.values["ece"].high
     assert "positive_class" not in written
-    two = report("classes", *classified(41, 2), [str(slide) for slide in range(41)], ["a", "b"], resamples=50)
+    two = estimate("classes", *classified(41, 2), [str(slide) for slide in range(41)], ["a", "b"], resamples=50)
     assert two.as_json()["positive_class"] == "b"
     lines = describe(found).splitlines()
     assert lines[1].split()[:2] == ["auroc", f"{found.values['auroc'].value:.3f}"]
     assert lines[1].endswith(f"{found.values['auroc'].low:.3f} to {found.values['auroc'].high:.3f}")
     row = next(line for line in lines if line.startswith("b "))
     assert row.split()[-1] == f"{found.values['class/b/support'].value:.0f}"
-    nothing = report("classes", targets[:0], outputs[:0], [], names)
+    nothing = estimate("classes", targets[:0], outputs[:0], [], names)
     assert "undefined" in describe(nothing) and "nan" not in describe(nothing).lower()
-    assert isinstance(nothing, Report)
+    assert isinstance(nothing, Estimates)
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"targets \(4, 1\) and outputs \(4, 2\), not \(4, 1\) and \(4, 3\)"):
         measure("classes", np.zeros((4, 1)), np.ones((4, 3)) / 3, ["a", "b"])
     with pytest.raises(ValueError, match="3 cases must be as many as slides, which are 4"):
-        report("regression", np.zeros((4, 1)), np.ones((4, 1)), ["x"] * 3, ["value"])
+        estimate("regression", np.zeros((4, 1)), np.ones((4, 1)), ["x"] * 3, ["value"])

@@ -15,7 +15,7 @@ from slidescale.engine.models.aggregator import Aggregator, SlideNorm
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.kernels.gated_attention import Partial, merge_partials, pool_partial
 
 

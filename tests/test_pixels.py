@@ -5,33 +5,17 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
-import tifffile
 from PIL import Image
 
 from slidescale.engine.data import slide as module
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.pyramid import level_downsample
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, exact_corners, tile_slide
 
+from test_slide import write_pyramid
+
 PERIOD_PX = 48.0
-
-
-def write_pyramid(path: Path, levels: list[np.ndarray], mpp_um: float) -> Path:
-    """A generic TIFF of these levels, the first at `mpp_um`."""
-    with tifffile.TiffWriter(path) as file:
-        for index, level in enumerate(levels):
-            file.write(
-                level,
-                tile=(256, 256),
-                photometric="rgb",
-                compression="zlib",
-                metadata=None,
-                subfiletype=1 if index else 0,
-                resolution=(1e4 / mpp_um,) * 2,
-                resolutionunit="CENTIMETER",
-            )
-    return path
 
 
 def waves(height: int, width: int) -> np.ndarray:
@@ -63,7 +47,7 @@ def test_tiles_lie_where_they_are_said_to(tmp_path: Path, stored_um: float, want
     levels = [image] + ([np.asarray(Image.fromarray(image[:2048, :2048]).reduce(reduced))] if reduced else [])
     path = write_pyramid(tmp_path / "s.tif", levels, stored_um)
     spec = TileSpec(tile_px=64, mpp_um=wanted_um, min_tissue=0.5, default_mpp_um=None)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         assert len(slide.levels()) == len(levels)
         side = spec.side_px(slide)
     last = int(2051 / side) - 1
@@ -103,7 +87,7 @@ def test_pixels_are_means_over_their_area(real_slide: Path, tmp_path: Path, stor
     path = write_pyramid(tmp_path / "s.tif", [image], stored_um)
     side = 160 * 0.5 / stored_um
     corner = (side / 2, side / 4)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         ours = slide.read(*corner, (160, 160), 0.5)
         mean = area_mean(image.astype(np.float64), corner, 160 * 0.5 / slide.mpp_um, 160)
     difference = ours - mean
@@ -119,7 +103,7 @@ def test_what_needs_no_resampling_is_not_resampled(real_slide: Path, monkeypatch
         raise AssertionError("resampled")
 
     monkeypatch.setattr(Image.Image, "resize", no)
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         whole = slide.read(100, 200, (64, 64), 0.499)
         np.testing.assert_array_equal(slide.read(100 + 1e-9, 200, (64, 64), 0.499), whole)
         with pytest.raises(AssertionError, match="resampled"):
@@ -133,7 +117,7 @@ def test_borders_do_not_fade(tmp_path: Path, size: tuple[int, int]) -> None:
     colour = (200, 90, 150)
     image = np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
     path = write_pyramid(tmp_path / "s.tif", [image, image[: height // 4, : width // 4]], 0.2527)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         for mpp_um in (0.5, 1.1):
             step = mpp_um / slide.mpp_um
             n = int(min(size) / step)
@@ -148,7 +132,7 @@ def test_borders_do_not_fade(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def test_bands_are_one_picture(real_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         whole = np.concatenate(list(slide.read_bands((400, 500), 2.3)))
         monkeypatch.setattr(module, "BAND_PX", 100_000)
         bands = list(slide.read_bands((400, 500), 2.3))
@@ -200,10 +184,10 @@ def test_levels_that_do_not_fit_are_not_read(
     else:
         level = np.roll(half, 8, axis=1)
     spec = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
-    with Slide(write_pyramid(tmp_path / "plain.tif", [demo_image], 0.5)) as slide:
+    with open_slide(write_pyramid(tmp_path / "plain.tif", [demo_image], 0.5)) as slide:
         expected, plain = tile_slide(slide, spec), slide.read(300, 400, (200, 200), 1.6)
     path = write_pyramid(tmp_path / "bad.tif", [demo_image, level], 0.5)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         found = tile_slide(slide, spec)
         np.testing.assert_array_equal(found.coords, expected.coords)
         np.testing.assert_array_equal(slide.read(300, 400, (200, 200), 1.6), plain)
@@ -219,9 +203,9 @@ def test_good_levels_are_read_and_checked_once(
     picture = Image.fromarray(demo_image)
     levels = [demo_image, np.asarray(picture.reduce(2)), demo_image[::4, ::4], np.asarray(picture.resize((115, 121)))]
     path = write_pyramid(tmp_path / "s.tif", levels, 0.5)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         assert [level.downsample for level in slide.levels()] == [(d, d) for d in (1, 2, 4, 16)]
         assert slide.doubts == []
     monkeypatch.setattr(module, "same_picture", None)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         assert len(slide.levels()) == 4

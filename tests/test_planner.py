@@ -13,27 +13,21 @@ import torch
 
 from slidescale.engine.commands import cli
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory import planner
+from slidescale.engine.memory import needs
 from slidescale.engine.memory.devices import find_device
-from slidescale.engine.memory.footprint import Curve, Footprint, LiveBytes, measure
-from slidescale.engine.memory.planner import (
-    Job,
-    Plan,
-    choose,
-    largest_k,
-    sizes_to_measure,
-    step_flops,
-    step_seconds,
-)
+from slidescale.engine.memory.estimate import largest_k, step_flops, step_seconds
+from slidescale.engine.memory.footprint import Curve, Footprint, measure
+from slidescale.engine.memory.live_bytes import LiveBytes
+from slidescale.engine.memory.needs import Job
+from slidescale.engine.memory.planner import Plan, choose, sizes_to_measure
+from slidescale.engine.memory.policies import POLICIES
 from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.strategies.held import (
-    model_state,
-)
+from slidescale.engine.strategies.held import Holding, model_state
 from slidescale.engine.units import parse_size
 
 GIB = 1024**3
@@ -50,7 +44,11 @@ def make(name: str, tile_px: int, *, bf16: bool, checkpoint_blocks: bool = False
 @cache
 def footprint(name: str, tile_px: int, *, bf16: bool, chunk: int, bag: int) -> Footprint:
     chunks = sorted({1, -(-chunk // 4), chunk})
-    return measure(lambda: make(name, tile_px, bf16=bf16), tile_px=tile_px, chunks=chunks, bags=sorted({1, bag}))
+    return measure(make(name, tile_px, bf16=bf16), blank(tile_px), chunks=chunks, bags=sorted({1, bag}))
+
+
+def blank(tile_px: int) -> torch.Tensor:
+    return torch.zeros((tile_px, tile_px, 3), dtype=torch.uint8)
 
 
 # ---- (a) the footprint against autograd's own account
@@ -87,9 +85,7 @@ def test_graph_is_what_autograd_saves(name: str, tile_px: int, bf16: bool) -> No
 
 def test_checkpointed_blocks_keep_little() -> None:
     plain, checkpointed = (
-        measure(
-            lambda on=on: make("test_vit", 160, bf16=False, checkpoint_blocks=on), tile_px=160, chunks=(1, 4), bags=(1,)
-        )
+        measure(make("test_vit", 160, bf16=False, checkpoint_blocks=on), blank(160), chunks=(1, 4), bags=(1,))
         for on in (False, True)
     )
     assert checkpointed.graph(4) < 0.5 * plain.graph(4)
@@ -99,7 +95,7 @@ def test_checkpointed_blocks_keep_little() -> None:
 def test_attention_and_normalisation_keep_more_on_a_gpu() -> None:
     """CUDA's autocast keeps normalisation in fp32; where there is no GPU its operators are measured all the same."""
     cpu, cuda = (
-        measure(lambda: make("test_vit", 160, bf16=True), tile_px=160, chunks=(1, 4), bags=(1,), device=device)
+        measure(make("test_vit", 160, bf16=True), blank(160), chunks=(1, 4), bags=(1,), device=device)
         for device in ("cpu", "cuda")
     )
     assert 1.1 < cuda.graph(4) / cpu.graph(4) < 3
@@ -113,9 +109,9 @@ def test_phases_of_a_step_add_up(k: int, chunk: int, stored: int, monkeypatch: p
     """The planner's arithmetic against the engine's own step, storage by storage."""
     name, tile_px = "test_resnet", 96
     measured = footprint(name, tile_px, bf16=False, chunk=chunk, bag=k)
-    monkeypatch.setattr(planner, "SCRATCH_SHARE", {"cpu": 0.0})  # what storages do not show
-    monkeypatch.setattr(planner, "SCRATCH_BYTES", {"cpu": 0})
-    monkeypatch.setattr(planner, "POOLING_BYTES", {"cpu": 0})
+    monkeypatch.setattr(needs, "SCRATCH_SHARE", {"cpu": 0.0})  # what storages do not show
+    monkeypatch.setattr(needs, "SCRATCH_BYTES", {"cpu": 0})
+    monkeypatch.setattr(needs, "POOLING_BYTES", {"cpu": 0})
     need = Job(footprint=measured, prefetch=0).need(k, chunk, stored)
     model = make(name, tile_px, bf16=False)
     for parameter in model.parameters():
@@ -192,7 +188,7 @@ def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: in
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     measured_footprint = footprint(name, 224, bf16=bf16, chunk=chunk, bag=k)
-    update = model_state(measured_footprint, strategy="single", ranks=1).update
+    update = model_state(measured_footprint, Holding()).update
     need = Job(footprint=measured_footprint, prefetch=0, update=update).need(k, chunk, stored)
     step = measured["peak"] - measured["base"]
     print(
@@ -206,7 +202,7 @@ def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: in
 # ---- (c) choosing
 
 
-def sketch(flavour: str = "cuda") -> Footprint:
+def sketch(flavour: str = "cuda", ranks: int = 1) -> Footprint:
     """A made-up encoder: 1 MiB weights' copies a graph and 10 MiB a tile."""
 
     def line(fixed: int, tile: int) -> Curve:
@@ -214,7 +210,7 @@ def sketch(flavour: str = "cuda") -> Footprint:
 
     return Footprint(
         flavour=flavour,
-        tile_px=224,
+        tile_bytes=3 * 224**2,
         dim=512,
         parameters=10 * MIB,
         trained=10 * MIB,
@@ -226,17 +222,17 @@ def sketch(flavour: str = "cuda") -> Footprint:
         graph=line(1, 10),
         backward=line(2, 12),
         storage=line(0, 1),
-        aggregator=Curve((1, 1000), (MIB, 20 * MIB)),
-        foreign=0,
+        ranks=ranks,
+        aggregator=Curve((ranks, 1000 * ranks), (MIB, 20 * MIB)),
         flops=1e9,
         backward_flops=2e9,
-        aggregator_flops=Curve((1, 1000), (10**6, 10**9)),
+        aggregator_flops=Curve((ranks, 1000 * ranks), (10**6, 10**9)),
         traffic=1e8,
     )
 
 
 def plan(budget: int, *, k: int = 1000, ranks: int = 1, **settings: object) -> Plan:
-    return choose(Job(footprint=sketch(), ranks=ranks), k=k, budget=budget, base=GIB, **settings)  # type: ignore[arg-type]
+    return choose(Job(footprint=sketch(ranks=ranks)), k=k, budget=budget, base=GIB, **settings)  # type: ignore[arg-type]
 
 
 def test_more_memory_stores_more() -> None:
@@ -287,20 +283,20 @@ def test_fixed_settings_are_honoured_and_misfits_told() -> None:
 @pytest.mark.parametrize("chunk", [1, 16, 128])
 @pytest.mark.parametrize("policy", ["keep", "recompute", "offload"])
 def test_more_tiles_never_need_less(policy: str, chunk: int, ranks: int, flavour: str) -> None:
-    job = Job(footprint=sketch(flavour), ranks=ranks, update=GIB)
+    job = Job(footprint=sketch(flavour, ranks), update=GIB)
     needs = []
     for k in range(1, 600):
         stored = 0 if policy == "recompute" else -(-job.local(k) // chunk)
-        needs.append(job.need(k, chunk, stored, offload=policy == "offload").total)
+        needs.append(job.need(k, chunk, stored, away=policy == "offload").total)
     assert needs == sorted(needs) and needs[-1] > needs[0]
 
 
 def test_offloaded_graphs_leave_their_room() -> None:
     job = Job(footprint=sketch())
-    kept, away = (job.need(1000, 16, 63, offload=offload) for offload in (False, True))
+    kept, away = (job.need(1000, 16, 63, away=offload) for offload in (False, True))
     assert away.away == 62 * (1 + 16 * 10) * MIB + (1 + 8 * 10) * MIB and kept.away == 0
     assert kept.total - away.total > 0.9 * away.away
-    on_disk = Job(footprint=sketch("cpu")).need(1000, 16, 63, offload=True)
+    on_disk = Job(footprint=sketch("cpu")).need(1000, 16, 63, away=True)
     assert on_disk.away == away.away and on_disk.host == 0 < away.host
 
 
@@ -320,26 +316,25 @@ def test_what_cannot_fit_says_by_how_much(k: int, update: int, part: str) -> Non
 
 
 def test_largest_k_is_the_largest() -> None:
-    job = Job(footprint=sketch(), ranks=4)
+    job = Job(footprint=sketch(ranks=4))
     for policy in ("keep", "recompute", "offload"):
-        k = largest_k(job, room=2 * GIB, policy=policy, chunk=16)  # type: ignore[arg-type]
+        k = largest_k(job, room=2 * GIB, policy=POLICIES[policy], chunk=16)  # type: ignore[index]
         stored: Callable[[int], int] = lambda k, p=policy: 0 if p == "recompute" else -(-job.local(k) // 16)  # noqa: E731
         assert k % 4 == 0 and k > 100
-        assert job.need(k, 16, stored(k), offload=policy == "offload").total <= 2 * GIB
-        assert job.need(k + 4, 16, stored(k + 4), offload=policy == "offload").total > 2 * GIB
+        assert job.need(k, 16, stored(k), away=policy == "offload").total <= 2 * GIB
+        assert job.need(k + 4, 16, stored(k + 4), away=policy == "offload").total > 2 * GIB
 
 
 def test_recomputing_costs_a_forward() -> None:
-    job = Job(footprint=sketch())
     keep, again = (plan(100 * GIB, policy=policy) for policy in ("keep", "recompute"))
-    assert step_flops(job, again) == pytest.approx(4 / 3 * step_flops(job, keep), rel=1e-3)
+    assert step_flops(again) == pytest.approx(4 / 3 * step_flops(keep), rel=1e-3)
 
 
 def test_offload_waits_for_its_transfers() -> None:
-    job, device = Job(footprint=sketch()), find_device("A100-40GB")
+    device = find_device("A100-40GB")
     keep, away = (plan(100 * GIB, policy=policy) for policy in ("keep", "offload"))
     moved = 2 * away.need.away / (0.7 * 32e9)
-    assert step_seconds(job, away, device, bf16=True) == moved > step_seconds(job, keep, device, bf16=True)
+    assert step_seconds(away, device, bf16=True) == moved > step_seconds(keep, device, bf16=True)
 
 
 def test_frozen_weights_cost_half_a_backward() -> None:
@@ -352,8 +347,8 @@ def test_frozen_weights_cost_half_a_backward() -> None:
         return model
 
     whole, part = (
-        measure(made, tile_px=160, chunks=(1, 2), bags=(1, 2))
-        for made in (lambda: make("test_vit", 160, bf16=False), frozen)
+        measure(model, blank(160), chunks=(1, 2), bags=(1, 2))
+        for model in (make("test_vit", 160, bf16=False), frozen())
     )
     assert whole.flops == part.flops > 1e6
     assert 1.8 < whole.backward_flops / whole.flops < 2.3
@@ -364,19 +359,20 @@ def test_sizes_to_measure_are_two_or_more() -> None:
     assert sizes_to_measure(1, "auto", "cuda") == ([1, 2], [1, 1024])
     assert sizes_to_measure(5000, "auto", "cuda") == ([1, 32, 128], [1, 1024, 5000])
     assert sizes_to_measure(5000, 24, "cpu") == ([1, 6, 24], [1, 1024, 5000])
+    assert sizes_to_measure(5000, "auto", "cuda", ranks=400) == ([1, 4, 16], [1, 5000, 409600])
 
 
 def test_model_state_of_each_strategy() -> None:
     p = 4 * 10 * MIB
     for strategy, expected in (("single", 4 * p), ("ddp", 4 * p), ("zero0", 4 * p), ("zero1", 2 * p + 3 * p // 4)):
         ranks = 1 if strategy == "single" else 4
-        assert model_state(sketch(), strategy=strategy, ranks=ranks).base == expected  # type: ignore[arg-type]
-    offloaded = model_state(sketch(), strategy="zero2", ranks=4, offload_optimizer=True)
+        assert model_state(sketch(), Holding(strategy=strategy, shards=ranks)).base == expected  # type: ignore[arg-type]
+    offloaded = model_state(sketch(), Holding(strategy="zero2", shards=4, offload_optimizer=True))
     assert offloaded.base == 2 * p and offloaded.host == 5 * p // 4
-    assert model_state(sketch("cpu"), strategy="zero2", ranks=4, offload_optimizer=True).host == 0
-    sharded = model_state(sketch(), strategy="fsdp", ranks=4)
-    assert model_state(sketch(), strategy="single", ranks=1, optimizer="sgd").base == 3 * p, "momentum has p"
-    cut = model_state(sketch(), strategy="zero3", ranks=4, reduce_bucket=MIB, max_live=2 * MIB)
+    assert model_state(sketch("cpu"), Holding(strategy="zero2", shards=4, offload_optimizer=True)).host == 0
+    sharded = model_state(sketch(), Holding(strategy="fsdp", shards=4))
+    assert model_state(sketch(), Holding(optimizer="sgd")).base == 3 * p, "momentum has p"
+    cut = model_state(sketch(), Holding(strategy="zero3", shards=4, reduce_bucket=MIB, max_live=2 * MIB))
     assert (cut.buffers, cut.parameters) == (4 * MIB, 8 * MIB + p // 4)
     assert sharded.base == p // 4 + 3 * 4 * MIB + p + p // 4 + p // 2, "shard, blocks, gradients, their shard, moments"
 

@@ -39,7 +39,7 @@ from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.checkpoint import Checkpoints, Progress
 from slidescale.engine.training.weights import WEIGHTS, write_weights
 

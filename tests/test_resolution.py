@@ -13,7 +13,7 @@ from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import read_files, read_manifest
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.resolution import resolution
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ManifestError, SlideError
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -115,7 +115,7 @@ def test_the_manifests_column_reaches_tiling_and_pixels(
         for row in manifest.rows:
             coords = cohort.tilings[row.slide_id].coords[:3]
             (reading,) = reader.ahead([TileRequest(row.path, coords, row.mpp_um)], 0)
-            with Slide(row.path, mpp_um=row.mpp_um) as slide:
+            with open_slide(row.path, mpp_um=row.mpp_um) as slide:
                 expected = [slide.read(x, y, (64, 64), 0.5) for x, y in coords.tolist()]
             np.testing.assert_array_equal(reading.wait().numpy(), expected)
     finally:
@@ -157,6 +157,6 @@ def test_a_file_that_is_there_and_one_that_is_not(tmp_path: Path) -> None:
     with pytest.raises(
         SlideError, match=r"flat.png: it is not of a kind that OpenSlide reads \(Aperio SVS, .*tiled TIFF"
     ):
-        Slide(tmp_path / "flat.png")
+        open_slide(tmp_path / "flat.png")
     with pytest.raises(SlideError, match=r"none.svs: no such file"):
-        Slide(tmp_path / "none.svs")
+        open_slide(tmp_path / "none.svs")

@@ -14,7 +14,7 @@ from slidescale.engine.data.cohort import Cohort, Fault
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.retry import reading
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import SlideError, SlideUnavailableError, UserError
 from slidescale.engine.parallel.rank_group import RankGroup
@@ -59,7 +59,7 @@ def test_an_error_that_passes_is_read_over(
     real_slide: Path, monkeypatch: pytest.MonkeyPatch, calls: int, number: int
 ) -> None:
     away = Away(monkeypatch, real_slide, calls, number)
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         assert slide.read(480, 960, (8, 8), 0.5).shape == (8, 8, 3)
     assert away.left == 0
 
@@ -70,7 +70,7 @@ def test_an_error_that_stays_is_not_damage(real_slide: Path, monkeypatch: pytest
     monkeypatch.setattr(retry.time, "sleep", waited.append)
     Away(monkeypatch, real_slide, 1000)
     with pytest.raises(SlideUnavailableError, match="cannot open .* now, in 3 tries: Input/output error"):
-        Slide(real_slide)
+        open_slide(real_slide)
     assert waited == [0.5, 2.0]
 
 
@@ -79,7 +79,7 @@ def test_what_is_missing_or_damaged_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "folder.svs").mkdir()
     for name, reason in (("none.svs", "no such file"), ("damaged.svs", "not of a kind"), ("folder.svs", "directory")):
         with pytest.raises(SlideError, match=f"cannot open .*{name}: .*{reason}") as caught:
-            Slide(tmp_path / name)
+            open_slide(tmp_path / name)
         assert not isinstance(caught.value, SlideUnavailableError)
 
 
@@ -108,7 +108,7 @@ def test_a_read_that_fails_once_is_repeated(real_slide: Path, monkeypatch: pytes
             raise openslide.OpenSlideError("I/O error")
         return read_region(file, *args)
 
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         expected = slide.read(480, 960, (64, 64), 0.5)
         monkeypatch.setattr(openslide.OpenSlide, "read_region", fail_once)
         np.testing.assert_array_equal(slide.read(480, 960, (64, 64), 0.5), expected)

@@ -1,5 +1,6 @@
 """Slides, tilings and bags: the way from a file to pixels."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from PIL import Image
 
 from slidescale.engine.data.bag import draw_bag, epoch_order, epoch_size
 from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling, exact_corners, tile_slide
 from slidescale.engine.errors import SlideError
 
@@ -26,6 +28,23 @@ def write_tiff(path: Path, image: np.ndarray, mpp_um: float | None) -> Path:
     return path
 
 
+def write_pyramid(path: Path, levels: list[np.ndarray], mpp_um: float) -> Path:
+    """A generic TIFF of these levels, the first at `mpp_um`."""
+    with tifffile.TiffWriter(path) as file:
+        for index, level in enumerate(levels):
+            file.write(
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="zlib",
+                metadata=None,
+                subfiletype=1 if index else 0,
+                resolution=(1e4 / mpp_um,) * 2,
+                resolutionunit="CENTIMETER",
+            )
+    return path
+
+
 def stained(height: int, width: int) -> np.ndarray:
     """A pink square of tissue, a quarter of the area, in the middle of glass, with a gradient to tell tiles apart."""
     image = np.full((height, width, 3), 245, np.uint8)
@@ -36,7 +55,7 @@ def stained(height: int, width: int) -> np.ndarray:
 
 
 def test_real_slide_reads_as_openslide_does(real_slide: Path) -> None:
-    with Slide(real_slide) as slide, openslide.OpenSlide(real_slide) as expected:
+    with open_slide(real_slide) as slide, openslide.OpenSlide(real_slide) as expected:
         assert (slide.width, slide.height) == (2220, 2967)
         assert slide.mpp_um == pytest.approx(0.499)
         ours = slide.read(480, 960, (224, 224), 0.499)
@@ -45,7 +64,7 @@ def test_real_slide_reads_as_openslide_does(real_slide: Path) -> None:
 
 
 def test_real_slide_tiling(real_slide: Path) -> None:
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         tiling = tile_slide(slide, SPEC)
         assert tiling.side_px == pytest.approx(224 * 0.5 / 0.499)
         assert 40 <= len(tiling.coords) <= 50, "tissue covers four tenths of this slide, whose grid is 9 × 13"
@@ -59,7 +78,7 @@ def test_resolution_is_honoured(tmp_path: Path, mpp_um: float) -> None:
     """The same tissue scanned at 40x and at 20x gives the same tiles."""
     side_px = round(512 / mpp_um)
     path = write_tiff(tmp_path / "s.tif", stained(side_px, side_px), mpp_um)
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         image = slide.read(0, 0, (1024, 1024), 0.5)
         tiling = tile_slide(slide, TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None))
     # Half a pixel of shift at the edge of the tissue, spread over the whole.
@@ -70,7 +89,7 @@ def test_resolution_is_honoured(tmp_path: Path, mpp_um: float) -> None:
 
 def test_pyramid_level_is_used(demo_manifest: Path) -> None:
     path = next((demo_manifest.parent / "slides").glob("*.svs"))
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         coarse, fine = slide.read(0, 0, (256, 256), 2.0), slide.read(0, 0, (1024, 1024), 0.5)
     average = fine.reshape(256, 4, 256, 4, 3).mean((1, 3))
     # A level is a JPEG of its own; a read at the wrong scale or place differs by tens of grey levels.
@@ -81,15 +100,63 @@ def test_pyramid_level_is_used(demo_manifest: Path) -> None:
 def test_missing_resolution(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "s.tif", stained(512, 512), None)
     with pytest.raises(SlideError, match="--data.default-mpp-um"):
-        Slide(path)
-    with Slide(path, default_mpp_um=0.5) as slide:
+        open_slide(path)
+    with open_slide(path, default_mpp_um=0.5) as slide:
         assert slide.mpp_um == 0.5
 
 
 def test_too_coarse(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "s.tif", stained(512, 512), 1.0)
-    with Slide(path) as slide, pytest.raises(SlideError, match=r"1 µm/px, coarser than the 0.5 µm/px wanted"):
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"1 µm/px, coarser than the 0.5 µm/px wanted"):
         slide.read(0, 0, (64, 64), 0.5)
+
+
+class ArrayFile:
+    """A reader of another kind: levels in memory, whose places are in their own pixels."""
+
+    steps = (1.0, 1.0)
+
+    def __init__(self, levels: list[np.ndarray], **properties: str) -> None:
+        self._levels = [np.pad(level, ((64, 64), (64, 64), (0, 0)), constant_values=255) for level in levels]
+        self.sizes = [(level.shape[1], level.shape[0]) for level in levels]
+        self.properties = {name.replace("_", "."): value for name, value in properties.items()}
+        self.is_open = True
+
+    def read(self, level: int, place: tuple[int, int], size_px: tuple[int, int]) -> Image.Image:
+        (x, y), (width, height) = place, size_px
+        return Image.fromarray(self._levels[level][y + 64 : y + 64 + height, x + 64 : x + 64 + width])
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+def test_another_reader_gives_the_same_slide(tmp_path: Path) -> None:
+    """All of resolution, resampling, levels and tissue is the slide's, and none of it the reader's."""
+    levels = [stained(1024, 768), stained(512, 384)]
+    path = write_pyramid(tmp_path / "s.tif", levels, 0.4)
+    centimetres = {"openslide_mpp-x": "0.4", "openslide_mpp-y": "0.4"}
+    file = ArrayFile(levels, **centimetres)
+    spec = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
+    with open_slide(path) as expected, Slide(path, file) as slide:
+        assert slide.bounds == expected.bounds and slide.mpp_um == pytest.approx(expected.mpp_um)
+        np.testing.assert_array_equal(tile_slide(slide, spec).coords, tile_slide(expected, spec).coords)
+        for mpp_um, corner in ((0.4, (100, 200)), (0.5, (100.3, 200.7)), (0.8, (64, 32)), (1.1, (90.2, 40.5))):
+            ours, theirs = (each.read(*corner, (50, 60), mpp_um) for each in (slide, expected))
+            assert np.abs(ours.astype(int) - theirs).max() <= 1, mpp_um
+        assert file.is_open
+    assert not file.is_open
+    nameless = ArrayFile(levels)
+    with pytest.raises(SlideError, match=r"s.tif: states no resolution"):
+        Slide(path, nameless)
+    assert not nameless.is_open
+
+
+def test_one_file_imports_openslide() -> None:
+    engine = Path(__file__).parent.parent / "engine"
+    having = [
+        path for path in engine.rglob("*.py") if re.search(r"^\s*(import|from) openslide\b", path.read_text(), re.M)
+    ]
+    assert having == [engine / "data" / "openslide.py"]
 
 
 @pytest.mark.parametrize("noise", [0, 3])
@@ -97,20 +164,20 @@ def test_no_tissue(tmp_path: Path, noise: int) -> None:
     glass = np.full((1024, 1024, 3), 245, np.int16)
     glass = glass + np.random.default_rng(0).integers(-noise, noise + 1, glass.shape)
     path = write_tiff(tmp_path / "s.tif", glass.astype(np.uint8), 0.5)
-    with Slide(path) as slide, pytest.raises(SlideError, match="no tissue"):
+    with open_slide(path) as slide, pytest.raises(SlideError, match="no tissue"):
         tile_slide(slide, SPEC)
 
 
 def test_smaller_than_a_tile(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "s.tif", stained(300, 100), 0.5)
-    with Slide(path) as slide, pytest.raises(SlideError, match="smaller than one tile"):
+    with open_slide(path) as slide, pytest.raises(SlideError, match="smaller than one tile"):
         tile_slide(slide, SPEC)
 
 
 def test_not_a_slide(tmp_path: Path) -> None:
     (tmp_path / "s.svs").write_bytes(b"not a slide")
     with pytest.raises(SlideError, match="cannot open"):
-        Slide(tmp_path / "s.svs")
+        open_slide(tmp_path / "s.svs")
 
 
 def test_tiling_is_computed_once(real_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +237,7 @@ def reader():
 
 
 def test_reading_ahead_keeps_order_and_pixels(real_slide: Path, reader: TileReader) -> None:
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         coords = tile_slide(slide, SPEC).coords
         requests = [TileRequest(real_slide, coords[first : first + 5]) for first in range(0, 20, 5)]
         requests.insert(1, TileRequest(real_slide, coords[:0]))

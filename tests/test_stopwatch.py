@@ -10,7 +10,7 @@ import torch
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.step import TrainStep
 from slidescale.engine.training.stopwatch import PHASES, Stopwatch

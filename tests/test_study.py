@@ -15,7 +15,7 @@ from slidescale.engine.commands.study_runs import Outcome, arms_of, run_study
 from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import write_csv
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.history import add_epoch, read_history
 from slidescale.engine.training.run_folder import open_run_folder, record_run
 

@@ -19,16 +19,12 @@ from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, DataConfig, OptimConfig, RunConfig
 from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import ConfigError, ManifestError, UserError
-from slidescale.engine.supervision.objective import (
-    CrossEntropy,
-    MultiLabel,
-    Objective,
-    Regression,
-    Survival,
-    fit_objective,
-    make_objective,
-    survival_edges,
-)
+from slidescale.engine.supervision.classes import CrossEntropy
+from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective
+from slidescale.engine.supervision.multi_label import BinaryCrossEntropy
+from slidescale.engine.supervision.objective import Objective
+from slidescale.engine.supervision.regression import SquaredError
+from slidescale.engine.supervision.survival import HazardLikelihood, survival_edges
 
 from conftest import edit_manifest, read_csv
 from test_training import make_config
@@ -81,13 +77,13 @@ FORMULAS: dict[str, tuple[Callable[[], Objective], Formula, list[tuple[float, ..
         [(float(index),) for index in range(5)],
     ),
     "multi_label": (
-        lambda: MultiLabel([1.0, 2.0, 0.5, 1.0, 4.0], 5),
+        lambda: BinaryCrossEntropy([1.0, 2.0, 0.5, 1.0, 4.0], 5),
         multi_label,
         [(1.0, 0.0, 1.0, 1.0, 0.0), (NAN, 0.0, NAN, 1.0, 1.0), (NAN, NAN, NAN, NAN, 1.0), (0.0, NAN, 0.0, 0.0, NAN)],
     ),
-    "regression": (lambda: Regression(40.0, 8.0), regression, [(40.0,), (-3.5,), (77.0,)]),
+    "regression": (lambda: SquaredError(40.0, 8.0), regression, [(40.0,), (-3.5,), (77.0,)]),
     "survival": (
-        lambda: Survival(EDGES),
+        lambda: HazardLikelihood(EDGES),
         survival,
         [(time, event) for time in TIMES for event in (0.0, 1.0)],
     ),
@@ -123,13 +119,13 @@ def test_losses_are_their_formulas(kind: str) -> None:
 
 @pytest.mark.parametrize("bug", ["edges belong to the bin below", "censored is observed", "missing is negative"])
 def test_planted_bugs_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    searchsorted, forward = torch.searchsorted, Survival.forward
+    searchsorted, forward = torch.searchsorted, HazardLikelihood.forward
     match bug:
         case "edges belong to the bin below":
             monkeypatch.setattr(torch, "searchsorted", lambda edges, time, right: searchsorted(edges, time))
         case "censored is observed":
             monkeypatch.setattr(
-                Survival, "forward", lambda self, logits, target: forward(self, logits, target.clamp(min=1))
+                HazardLikelihood, "forward", lambda self, logits, target: forward(self, logits, target.clamp(min=1))
             )
         case "missing is negative":
             monkeypatch.setattr(Tensor, "isnan", lambda self: torch.zeros_like(self, dtype=torch.bool))
@@ -153,7 +149,7 @@ def test_large_logits_stay_finite(kind: str, steepness: float) -> None:
 
 
 def test_missing_labels_do_not_count() -> None:
-    objective = MultiLabel((), 3)
+    objective = BinaryCrossEntropy((), 3)
     logits = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
     (gradient,) = torch.autograd.grad(objective(logits, as_target((1.0, NAN, 0.0))), logits)
     assert gradient[1] == 0
@@ -168,18 +164,18 @@ def test_what_logits_mean() -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     assert CrossEntropy((), 5).predict(logits).sum().item() == pytest.approx(1)
     expected = torch.tensor([sigmoid(z) for z in LOGITS], dtype=torch.float64)
-    torch.testing.assert_close(MultiLabel((), 5).predict(logits), expected)
-    assert Regression(40.0, 8.0).predict(logits[:1]).tolist() == [pytest.approx(42.4)]
+    torch.testing.assert_close(BinaryCrossEntropy((), 5).predict(logits), expected)
+    assert SquaredError(40.0, 8.0).predict(logits[:1]).tolist() == [pytest.approx(42.4)]
     alive = np.cumprod([1 - sigmoid(z) for z in LOGITS])
-    risk = Survival(EDGES).predict(logits)
+    risk = HazardLikelihood(EDGES).predict(logits)
     assert risk.tolist() == [pytest.approx(-alive.sum())]
     sooner = logits + torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64)
-    assert Survival(EDGES).predict(sooner).item() > risk.item(), "an earlier event is a larger risk"
+    assert HazardLikelihood(EDGES).predict(sooner).item() > risk.item(), "an earlier event is a larger risk"
 
 
 def test_a_number_far_from_zero_keeps_its_digits() -> None:
     """In fp32, 1e8 + 1 and 1e8 + 3 are both 1e8 or the next number; the standardised ones are far apart."""
-    objective = Regression(1e8, 2.0)
+    objective = SquaredError(1e8, 2.0)
     logits = torch.tensor([0.5])
     assert objective(logits, as_target((1e8 + 1,))).item() == 0
     assert objective(logits, as_target((1e8 + 3,))).item() == 1
@@ -199,13 +195,20 @@ def test_an_objective_is_made_again_of_its_record(kind: str) -> None:
         assert torch.equal(again(logits, as_target(values)), objective(logits, as_target(values)))
 
 
+def fitted(
+    names: list[str], targets: list[tuple[float, ...]], weights: tuple[float, ...] = (), **data: Any
+) -> Objective:
+    config = Config(run=RunConfig(name="t"), data=DataConfig(**data), optim=OptimConfig(class_weights=weights))
+    return fit_objective(names, targets, config)
+
+
 def test_scale_and_bins_come_from_the_train_split() -> None:
-    found = fit_objective("regression", 1, [(1.0,), (4.0,), (7.0,)], class_weights=(), survival_bins=4)
-    assert isinstance(found, Regression)
+    found = fitted(["age"], [(1.0,), (4.0,), (7.0,)], supervision="regression")
+    assert isinstance(found, SquaredError)
     assert (found.mean, found.sd) == (4.0, pytest.approx(math.sqrt(6)))
     train = [(float(time), float(time % 3 > 0)) for time in range(1, 32)]
-    found = fit_objective("survival", 1, train, class_weights=(), survival_bins=3)
-    assert isinstance(found, Survival)
+    found = fitted(["risk"], train, supervision="survival", survival_bins=3)
+    assert isinstance(found, HazardLikelihood)
     events = [time for time, event in train if event]
     counts = np.histogram(events, [0, *found.edges.tolist(), 99])[0]
     assert counts.tolist() == [7, 7, 7], "of the observed events alone"
@@ -214,13 +217,13 @@ def test_scale_and_bins_come_from_the_train_split() -> None:
 def test_weights_do_not_change_the_size_of_the_loss() -> None:
     """Their mean over the train split's slides is 1, of each label where it is known."""
     train = [(0.0,)] * 7 + [(1.0,)] * 2 + [(2.0,)]
-    found = fit_objective("classes", 3, train, class_weights=(1.0, 2.0, 8.0), survival_bins=4)
+    found = fitted(["a", "b", "c"], train, (1.0, 2.0, 8.0))
     weights = found.settings()["class_weights"]
     assert weights == pytest.approx([1 / 1.9, 2 / 1.9, 8 / 1.9])
     assert sum(weights[int(index)] for (index,) in train) == pytest.approx(len(train))
     labels = [(1.0, NAN), (0.0, 1.0), (0.0, 1.0), (NAN, 0.0), (0.0, NAN)]
-    found = fit_objective("multi_label", 2, labels, class_weights=(5.0, 0.5), survival_bins=4)
-    plain = fit_objective("multi_label", 2, labels, class_weights=(), survival_bins=4)
+    found = fitted(["ER", "PR"], labels, (5.0, 0.5), supervision="multi_label", label_columns=("ER", "PR"))
+    plain = fitted(["ER", "PR"], labels, supervision="multi_label", label_columns=("ER", "PR"))
     assert plain.settings()["scales"] == [1.0, 1.0]
     # Logits of 0 cost log 2 with each label, whatever it is.
     even = torch.zeros(2, dtype=torch.float64)
@@ -235,7 +238,7 @@ def test_censored_patients_may_count_less() -> None:
     z = LOGITS[: len(EDGES) + 1]
     everyone = sum(survival(z, target) for target in targets)
     observed = sum(survival(z, target) for target in targets if target[1])
-    objective = Survival(EDGES, censored_alpha=alpha)
+    objective = HazardLikelihood(EDGES, censored_alpha=alpha)
     logits = torch.tensor(z, dtype=torch.float64)
     found = sum(objective(logits, as_target(target)).item() for target in targets)
     assert found == pytest.approx((1 - alpha) * everyone + alpha * observed, abs=1e-12)
@@ -381,7 +384,7 @@ def test_renaming_on_the_command_line() -> None:
 )
 def test_settings_of_another_supervision_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DataConfig(**settings)
+        check_settings(DataConfig(**settings))
 
 
 def put_targets(manifest: Path) -> None:

@@ -493,10 +493,9 @@ def test_settings_reach_the_encoder() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_footprint_is_measured_with_augmentation(device: str, kernels: Any) -> None:
-    def make() -> SlideModel:
-        encoder = make_encoder("test_resnet", augment_symmetry=True, stain_jitter=0.05, kernels=kernels)
-        aggregator = Aggregator(encoder.dim, 2, pooling="max", hidden_dim=4, attention_dim=4, dropout=0.0)
-        return SlideModel(encoder, aggregator, autocast=torch.bfloat16)
-
-    footprint = measure(make, tile_px=32, chunks=[1, 4], bags=[1, 4], device=device)
+    encoder = make_encoder("test_resnet", augment_symmetry=True, stain_jitter=0.05, kernels=kernels)
+    aggregator = Aggregator(encoder.dim, 2, pooling="max", hidden_dim=4, attention_dim=4, dropout=0.0)
+    model = SlideModel(encoder, aggregator, autocast=torch.bfloat16)
+    tile = torch.zeros(32, 32, 3, dtype=torch.uint8)
+    footprint = measure(model, tile, chunks=[1, 4], bags=[1, 4], device=device)
     assert footprint.forward(4) > 4 * 32 * 32 * 3 * 2, "the pixels in bf16, and more"

@@ -6,7 +6,7 @@ import numpy as np
 import openslide
 import pytest
 
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, cache_key, stain_saturation, tile_slide
 from slidescale.engine.errors import SlideError
 
@@ -23,7 +23,7 @@ def demo_image(demo_manifest: Path) -> np.ndarray:
 
 
 def cells_of(path: Path) -> set[tuple[int, int]]:
-    with Slide(path) as slide:
+    with open_slide(path) as slide:
         return set(map(tuple, tile_slide(slide, SPEC).cells.tolist()))
 
 
@@ -77,7 +77,7 @@ def test_a_dark_slide_is_set_aside(tmp_path: Path, kind: str) -> None:
         image = np.random.default_rng(0).integers(0, 4, (1024, 1024, 3)).astype(np.uint8)
         image += np.array((0, 0, 0) if kind == "black" else (28, 28, 36), np.uint8)
     with (
-        Slide(write_tiff(tmp_path / "s.tif", image, 0.5)) as slide,
+        open_slide(write_tiff(tmp_path / "s.tif", image, 0.5)) as slide,
         pytest.raises(SlideError, match=r"s.tif: no tissue: the slide is dark .* fluorescence"),
     ):
         tile_slide(slide, SPEC)
@@ -109,7 +109,7 @@ def test_stains_and_shades(colour: tuple[int, int, int], is_stained: bool) -> No
 
 def test_real_tissue_is_judged_by_its_saturation(real_slide: Path) -> None:
     """Of what its saturation makes tissue, less than one pixel in a thousand is lost, at the resolution of a mask."""
-    with Slide(real_slide) as slide:
+    with open_slide(real_slide) as slide:
         image = slide.read(0, 0, (79, 105), 0.5 * 224 / 8)
     saturation, light = stain_saturation(image)
     levels = image.astype(np.float32)

@@ -33,7 +33,7 @@ from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import TrainingError, UserError
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.strategy import GradientNorms, SingleStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.checkpoint import Checkpoints
 from slidescale.engine.training.checksums import read_signed, write_signed
 from slidescale.engine.training.history import EpochTotals, read_history
@@ -540,5 +540,5 @@ def test_three_classes(cohort_copy: Path, tmp_path: Path) -> None:
 
 def test_class_weights_of_inferred_classes(demo_manifest: Path, tmp_path: Path) -> None:
     config = make_config(demo_manifest, tmp_path, classes=(), optim=OptimConfig(class_weights=(1, 2, 3)))
-    with pytest.raises(UserError, match=r"class_weights has 3 values for 2 classes"):
+    with pytest.raises(UserError, match=r"--optim.class-weights has 3 values for 2 classes"):
         main.run(config)

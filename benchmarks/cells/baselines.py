@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.stopwatch import Stopwatch
 
 from cells.drawn_slide import tile_coords

@@ -4,7 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,22 @@ from torch import Tensor
 
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data.cohort import Cohort
+from slidescale.engine.data.demo_drawing import MPP_UM
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
-from slidescale.engine.data.synthetic import MPP_UM
 from slidescale.engine.data.tiling import TileSpec, Tiling
+from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, make_mesh
 from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import StrategyName, make_strategy
 from slidescale.engine.strategies.schedule import Schedule
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
-from slidescale.engine.training.plan import make_offload, plan_run
+from slidescale.engine.training.plan import make_offload, measure_model, plan_step
 from slidescale.engine.training.step import TrainStep
 from slidescale.kernels.dispatch import choose_kernels
 
@@ -201,7 +202,7 @@ class EngineWay(Way):
 
     def __init__(self, cell: Cell, source: Source, device: torch.device, folder: Path) -> None:
         super().__init__(cell, source, device)
-        self._mesh = Mesh() if cell.strategy == "single" else make_mesh(device, "all")
+        self._mesh = Mesh(device=device) if cell.strategy == "single" else make_mesh(device, "all")
         self._config = config = cell.config(offload_folder=folder)
         name: StrategyName = "zero" if cell.strategy.startswith("zero") else cell.strategy  # type: ignore[assignment]
         bf16, schedule = cell.dtype == "bfloat16", cell.schedule()
@@ -209,22 +210,23 @@ class EngineWay(Way):
         if name == "zero":
             zero = {"zero_optimization": {"stage": int(cell.strategy[-1])}}
             ds_config = complete_ds_config(zero, config, schedule, bf16=bf16)
+        model = self.model()
+        measured = meta_copy(model)
         self._strategy = make_strategy(
-            name, self.model(), config, schedule, self._mesh, device, ds_config=ds_config, bf16=bf16
+            name, model, config, schedule, self._mesh, device, ds_config=ds_config, bf16=bf16
         )
-        kernels = choose_kernels(config.run.kernels, device)
-        self._plan = plan = plan_run(
-            config,
-            partial(make_model, classes=len(CLASSES), bf16=bf16, kernels=kernels),
-            strategy=self._strategy.name,
-            ds_config=ds_config,
+        footprint = measure_model(measured, source.reader.blank(1), config.memory, k=cell.k, mesh=self._mesh)
+        self._plan = plan = plan_step(
+            footprint,
+            config.memory,
+            Holding.of(config.parallel, self._strategy.name, ds_config, self._mesh, config.optim.optimizer),
             k=cell.k,
+            prefetch=config.data.prefetch,
             mesh=self._mesh,
-            device=device,
         )
         self.chunk = plan.chunk
         self.details = {"chunks": plan.chunks, "stored": plan.stored, "planned_gib": plan.peak / 2**30}
-        self._offload = make_offload(config, folder, self._mesh, device)
+        self._offload = make_offload(config.memory, self._mesh)
         objective = CrossEntropy((), len(CLASSES)).to(device)
         self._step = TrainStep(self._strategy, objective, self._mesh, chunk=plan.chunk, offload=self._offload)
 

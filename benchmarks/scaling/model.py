@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from slidescale.engine.memory.devices import Device
+from slidescale.engine.memory.estimate import BANDWIDTH_UTILISATION, UTILISATION
 from slidescale.engine.memory.footprint import Footprint
-from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, FP32, UTILISATION
+from slidescale.engine.memory.needs import FP32
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.strategies.ddp import BUCKET_BYTES
 from slidescale.engine.strategies.fsdp import UNIT_NUMEL, _units

@@ -2,12 +2,14 @@
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
+import torch
+
 from slidescale.engine.memory.devices import find_device
+from slidescale.engine.memory.estimate import BANDWIDTH_UTILISATION, UTILISATION
 from slidescale.engine.memory.footprint import measure as measure_footprint
-from slidescale.engine.memory.planner import BANDWIDTH_UTILISATION, CHUNK_CAP, UTILISATION, sizes_to_measure
+from slidescale.engine.memory.planner import CHUNK_CAP, sizes_to_measure
 
 from cells.ways import Cell
 from scaling.checking import job_of, model_of, shape_for
@@ -62,7 +64,9 @@ def project_devices(args: argparse.Namespace, read_s: float) -> tuple[list[dict[
         steps=1,
     )
     chunks, bags = sizes_to_measure(args.project_tiles, int(cell.chunk), "cpu")
-    footprint = measure_footprint(partial(model_of, cell), tile_px=cell.tile, chunks=[chunks[0], chunks[-1]], bags=bags)
+    with torch.device("meta"):
+        tile = torch.empty((cell.tile, cell.tile, 3), dtype=torch.uint8)
+        footprint = measure_footprint(model_of(cell), tile, chunks=[chunks[0], chunks[-1]], bags=bags)
     job = job_of(cell, shape_for(cell), tile_ranks=args.tile_ranks or max(args.gpus))
     costs = device_costs(
         find_device(args.device_name),

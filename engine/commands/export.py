@@ -16,7 +16,8 @@ from slidescale.engine.commands.requests import ExportRequest
 from slidescale.engine.commands.trained import TrainedRun, load_run
 from slidescale.engine.errors import UserError
 from slidescale.engine.files import check_output, replacing, write_json
-from slidescale.engine.models.encoder import Encoder, timm_recipe
+from slidescale.engine.models.backbone import timm_recipe
+from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.training.weights import WEIGHTS
 
@@ -41,13 +42,13 @@ def export_encoder(request: ExportRequest) -> None:
         with replacing(request.out) as unfinished:
             save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
         write_json(sidecar, about)
-    except (OSError, SafetensorError) as error:  # the library's own, of a full disk, say
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own, for a full disk, say
         raise UserError(f"cannot write {request.out}: {error}") from None
     log.info("%s in %s; how to load it: %s", run.config.model.encoder, request.out, sidecar)
 
 
 def _check_places(request: ExportRequest, run: TrainedRun, sidecar: Path) -> None:
-    """Refuse to write over inputs, and over what is no earlier export.
+    """Refuse to write over inputs, and over anything but an earlier export.
 
     Raises:
         OSError: says what is there.
@@ -63,7 +64,7 @@ def _check_places(request: ExportRequest, run: TrainedRun, sidecar: Path) -> Non
 
 
 def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
-    """What one must know to use the encoder, with the lines of Python that load and call it."""
+    """Everything needed to use the encoder, with the lines of Python that load and call it."""
     config, encoder = run.config, run.model.encoder
     assert isinstance(encoder, Encoder), "a trained run has its encoder, also a frozen one"
     name, options = timm_recipe(encoder.name, config.data.tile_px)
@@ -82,8 +83,8 @@ def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
         "mpp_um": config.data.mpp_um,
         "mean": mean,
         "std": std,
-        "input": "RGB tiles of tile_px pixels at mpp_um µm a pixel, scaled to 0..1, less mean, divided by std, channel "
-        "by channel",
+        "input": "RGB tiles of tile_px pixels at mpp_um µm per pixel, scaled to 0..1, less mean, divided by std, "
+        "channel by channel",
         "trained_by": run.title,
         "python": [
             "import timm, torch",

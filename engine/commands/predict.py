@@ -14,28 +14,24 @@ import torch
 
 from slidescale.engine.commands.requests import ComputeSettings, PredictRequest
 from slidescale.engine.commands.trained import TrainedRun, load_run
-from slidescale.engine.data.manifest import Labels, NamedFile, read_files, read_labels
+from slidescale.engine.data.labels import Labels, read_labels
+from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.slide import Slide
+from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, tile_slide
 from slidescale.engine.errors import ConfigError, SlideError, UserError
 from slidescale.engine.evaluation.attention import write_attention
-from slidescale.engine.evaluation.intervals import report
+from slidescale.engine.evaluation.intervals import estimate
+from slidescale.engine.evaluation.metrics import Judged
 from slidescale.engine.evaluation.predictions import run_model
-from slidescale.engine.evaluation.report import (
-    Judged,
-    draw_figures,
-    output_cells,
-    output_columns,
-    output_words,
-    write_metrics,
-)
+from slidescale.engine.evaluation.results import draw_figures, write_metrics
 from slidescale.engine.files import check_output, write_csv
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
 from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process import stopping
+from slidescale.engine.supervision.make import supervision_of
 from slidescale.engine.training.run_slides import known_splits
 from slidescale.engine.training.weights import WEIGHTS
 
@@ -109,11 +105,11 @@ class Predictor:
 
     def says(self, answer: SlidePrediction) -> str:
         """What is predicted of a slide, in words."""
-        return output_words(self.run.config.data.supervision, self.run.classes, answer.output)
+        return supervision_of(self.run.config.data.supervision).output_words(self.run.classes, answer.output)
 
     def open(self, file: NamedFile) -> Slide:
         """Open a slide as its tiles are read."""
-        return Slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
+        return open_slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
         """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
@@ -158,7 +154,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         UserError: as there.
     """
     run, data, world = predictor.run, predictor.run.config.data, predictor.mesh.world
-    supervision, labels = data.supervision, None
+    kind, labels = supervision_of(data.supervision), None
     if request.manifest is None:
         files = name_files(request.slides)
     else:
@@ -178,7 +174,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         seen = max(seen, own["train"] + own["val"])
     elif seen:
         log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
-    header = ("slide_id", "path", *output_columns(supervision, run.classes), "k")
+    header = ("slide_id", "path", *kind.output_columns(run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
     outputs: dict[str, np.ndarray] = {}
     failures: list[Failure] = []
@@ -196,7 +192,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             log.warning("%s: %s", answer.file.slide_id, answer.reason)
             continue
         name = answer.file.slide_id
-        shown = output_cells(supervision, run.classes, answer.output)
+        shown = kind.output_cells(run.classes, answer.output)
         rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
         log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
@@ -219,7 +215,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     judgeable = [name for name in outputs if isinstance(labels, Labels) and name in labels.targets]
     if isinstance(labels, Labels) and judgeable:
         judged = Judged(
-            supervision,
+            data.supervision,
             np.array([labels.targets[name] for name in judgeable]),
             np.stack([outputs[name] for name in judgeable]),
             [labels.cases[name] for name in judgeable],
@@ -269,7 +265,7 @@ def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
 def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
     """Metrics and figures beside the table."""
     path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
-    found = report(*judged)
+    found = estimate(*judged)
     write_metrics(path, found, "external", seen=seen)
     draw_figures(folder, judged, "predicted", found)
     of = "" if found.positive_class is None else f" of {found.positive_class}"
@@ -294,7 +290,7 @@ def name_files(paths: Sequence[Path]) -> list[NamedFile]:
 
 def _try_tiling(file: NamedFile, spec: TileSpec) -> Tiling | str:
     try:
-        with Slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
+        with open_slide(file.path, default_mpp_um=spec.default_mpp_um, mpp_um=file.mpp_um) as slide:
             return tile_slide(slide, spec)
     except SlideError as error:
         return str(error)

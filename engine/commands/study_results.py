@@ -17,12 +17,12 @@ from slidescale.engine.commands.study import StudyConfig
 from slidescale.engine.commands.study_picture import Point, draw_against_k
 from slidescale.engine.commands.study_runs import Outcome, arms_of, run_study
 from slidescale.engine.config import Config
-from slidescale.engine.evaluation.metrics import HEADLINES, SHOWN
 from slidescale.engine.files import replacing, save_png, write_text
 from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process.stopping import keep_advice
 from slidescale.engine.run import run
+from slidescale.engine.supervision.make import headline_title, supervision_of
 from slidescale.engine.training.run_folder import read_record
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def conduct(study: StudyConfig, argv: Sequence[str], about: str) -> None:
     world = _start_world(study.config)
     outcomes = run_study(arms_of(study), study.seeds, folder, run, world)
     if world.rank == 0:
-        metric = HEADLINES[study.config.data.supervision]
+        metric = supervision_of(study.config.data.supervision).headline
         show(outcomes, metric, folder)
         text = medians(outcomes, metric)
         log.info(
@@ -56,7 +56,7 @@ def conduct(study: StudyConfig, argv: Sequence[str], about: str) -> None:
 
 def medians(outcomes: Sequence[Outcome], metric: str) -> str:
     """A Markdown table of medians, with the range over seeds."""
-    shown = SHOWN.get(metric, metric)
+    shown = headline_title(metric)
     header = ["trained", "K", "tiles per bag", "train loss", f"validation {shown}", "seeds", "minutes per run"]
     rows = []
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
@@ -108,7 +108,7 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
         for each in outcomes
         if each.metric is not None
     ]
-    picture = draw_against_k(losses, scores, SHOWN.get(metric, metric))
+    picture = draw_against_k(losses, scores, headline_title(metric))
     save_png(picture, folder / "k_study.png")
     with SummaryWriter(str(folder / "study")) as board:
         board.add_image("k_study", picture, 0, dataformats="HWC")

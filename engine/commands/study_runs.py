@@ -10,9 +10,9 @@ from typing import Literal
 from slidescale.engine.commands.study import StudyConfig
 from slidescale.engine.config import Config, MemoryConfig
 from slidescale.engine.errors import UserError
-from slidescale.engine.evaluation.metrics import HEADLINES
 from slidescale.engine.files import write_csv
 from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.supervision.make import supervision_of
 from slidescale.engine.training.checkpoint import is_reported
 from slidescale.engine.training.history import read_history
 from slidescale.engine.training.run_folder import check_same_settings, find_run_folder, read_record
@@ -150,6 +150,6 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> Outcome:
         tiles=tiles,
         train_loss=train_loss,
         val_loss=last["val_loss"],
-        metric=last.get(f"val_{HEADLINES[arm.config.data.supervision]}"),
+        metric=last.get(f"val_{supervision_of(arm.config.data.supervision).headline}"),
         seconds=sum(row["seconds"] or 0.0 for row in rows),
     )

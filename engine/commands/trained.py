@@ -1,28 +1,27 @@
 """A trained run, as its folder holds it: config.json and model.safetensors are enough to have the model again.
 
-All but a frozen encoder, whose weights are not the run's: it is built from where its settings say that they are.
+Only a frozen encoder's weights are not in them: they are read from where the run's settings say that they are.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
 from slidescale.engine.commands.requests import Precision
-from slidescale.engine.config import Config, flatten
-from slidescale.engine.errors import ConfigError, UserError, near
+from slidescale.engine.config import Config
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.supervision.objective import Objective, make_objective
+from slidescale.engine.supervision.make import make_objective
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import epoch_name
 from slidescale.engine.training.frozen import fingerprint
+from slidescale.engine.training.run_config import read_config
+from slidescale.engine.training.run_folder import read_record
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 from slidescale.kernels.dispatch import choose_kernels
-
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class TrainedRun:
         model: whole, on one device, in evaluation mode.
         config: all settings of the run.
         classes: names of what is predicted, as `Manifest.classes`.
-        objective: says what the model's logits mean.
-        epoch: completed epochs, of which this is the last.
+        objective: the meaning of the model's logits.
+        epoch: number of completed epochs.
         step: optimizer steps taken.
     """
 
@@ -58,17 +57,17 @@ def load_run(
     """Build the model of a run and give it the weights of its best epoch, whatever strategy it was trained under.
 
     Args:
-        folder: of the run, `runs/<name>`.
-        precision: of matrix products. "fp32" is full fp32: also the TF32 of NVIDIA's GPUs is turned off, for the whole
-            process.
-        encoder_weights: of a frozen encoder, in place of those that the run's settings name.
+        folder: the run's, `runs/<name>`.
+        precision: arithmetic of matrix products. "fp32" is full fp32: the TF32 of NVIDIA's GPUs is turned off as well,
+            for the whole process.
+        encoder_weights: file of a frozen encoder's weights, in place of the one that the run's settings name.
 
     Raises:
         UserError: there is no such run, no epoch of it is finished, its files do not belong together, another version
             wrote it, or a frozen encoder's weights are not there or not those that it had.
     """
-    record = _read_record(folder)
-    config = read_config(record["config"], folder / "config.json", str(record.get("versions", {}).get("slidescale")))
+    record = read_record(folder, "objective", "frozen_encoder", "versions")
+    config = read_config(record["config"], folder / "config.json", str(record["versions"].get("slidescale")))
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise UserError(_no_weights(folder))
@@ -89,7 +88,7 @@ def load_run(
     untrained = dataclasses.replace(config, memory=dataclasses.replace(config.memory, checkpoint_blocks=False))
     if encoder_weights is not None and not config.model.frozen:
         raise ConfigError(f"--weights is {encoder_weights}: the encoder of {folder} is not frozen, and has its own")
-    # Of the same structure, without its starting weights, which may be gone; a frozen encoder has no others.
+    # The same structure without its starting weights, which may be gone; a frozen encoder has no others.
     if not config.model.frozen or encoder_weights is not None:
         untrained = dataclasses.replace(
             untrained, model=dataclasses.replace(config.model, pretrained=False, weights=encoder_weights)
@@ -123,74 +122,11 @@ def load_run(
         folder=folder,
         model=model.eval(),
         config=config,
-        classes=tuple(record["classes"]),
+        classes=record["classes"],
         objective=objective,
         epoch=epoch,
         step=step,
     )
-
-
-def read_config(settings: dict[str, Any], source: Path, version: str) -> Config:
-    """The settings of a config.json; what it does not have is the default, as it was before there was such a setting.
-
-    Args:
-        version: of slidescale, that wrote it.
-
-    Raises:
-        UserError: it has settings that this version does not know, or values that it refuses.
-    """
-    unknown: list[str] = []
-    try:
-        config = _build(Config, settings, "", unknown)
-    except ConfigError as error:
-        raise UserError(f"{source} was written by slidescale {version}, and this version refuses: {error}") from None
-    if unknown:
-        known = list(Config(run=config.run).flat())
-        lines = [name + near(name, known) for name in unknown]
-        raise UserError(
-            f"{source} was written by slidescale {version}, with settings that this version does not have:\n  "
-            + "\n  ".join(lines)
-            + f"\nuse slidescale {version}"
-        )
-    return config
-
-
-def _build(kind: type[Settings], values: dict[str, Any], prefix: str, unknown: list[str]) -> Settings:
-    hints = get_type_hints(kind)
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            unknown += flatten({prefix + name: value})
-        elif dataclasses.is_dataclass(hints[name]):
-            built[name] = _build(hints[name], value, f"{prefix}{name}.", unknown)
-        else:
-            built[name] = _from_json(value, hints[name])
-    return kind(**built)
-
-
-def _from_json(value: Any, hint: Any) -> Any:
-    """JSON has lists for tuples, and text for paths."""
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and Path in (hint, *get_args(hint)):
-        return Path(value)
-    return value
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
-        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
-    path = folder / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("config", "classes", "objective", "frozen_encoder", "versions")}
-    except FileNotFoundError:
-        runs = sorted(str(found.parent) for found in folder.glob("*/config.json"))
-        hint = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
 
 def _no_weights(folder: Path) -> str:

@@ -1,25 +1,12 @@
-"""What is wrong with a manifest: a line for each problem, or, of many of a kind, their number and the first."""
+"""A list of what is wrong with a manifest: a line per problem, or, of many of a kind, their number and the first."""
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from slidescale.engine.supervision.cells import Problem
 
 # Rows of one kind that are listed each; of more, so many are shown.
 MOST_OF_A_KIND, SHOWN = 10, 3
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong.
-
-    Attributes:
-        row: of the file (see `table.Record`); 0 is the file as a whole.
-        text: what is wrong there.
-        kind: what such problems have in common, as in "<3 of 9 rows>: <kind>".
-    """
-
-    row: int
-    text: str
-    kind: str = ""
 
 
 def describe(problems: Iterable[Problem], rows: int) -> str:

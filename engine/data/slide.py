@@ -1,17 +1,16 @@
-"""Slide files: the only place that knows OpenSlide."""
+"""Slides: their size and resolution, and regions of them at any resolution, whichever reader opens the file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import openslide
 from PIL import Image
 
+from slidescale.engine.data.openslide import OpenSlideFile
 from slidescale.engine.data.pyramid import ROUNDING_PX, Level, Span, level_downsample, same_picture, span
 from slidescale.engine.data.resolution import resolution
-from slidescale.engine.data.retry import reading
 from slidescale.engine.errors import SlideError
 
 # How far the levels of a pyramid may miss a wanted resolution, and still be taken as they are or enlarged to it.
@@ -21,11 +20,51 @@ BAND_PX = 2**24
 # Beyond this reduction Pillow's Hamming filter is closer to the mean over a pixel's area, below it the triangle. On
 # real H&E what is read differs from that mean by less than 2 grey levels in the mean, and less than 3 RMS.
 HAMMING_FROM = 1.35
-UNSUPPORTED = (
-    "it is not of a kind that OpenSlide reads (Aperio SVS, DICOM, Hamamatsu NDPI and VMS, Leica SCN, MIRAX, Philips "
-    "TIFF, Sakura, Trestle, Ventana BIF, Zeiss CZI, and other TIFFs that are stored in tiles); other pictures, such as "
-    "PNG, JPEG and TIFFs in strips, must be made tiled TIFFs first (vips tiffsave in.png out.tif --tile --pyramid)"
-)
+
+
+def open_slide(path: Path, *, default_mpp_um: float | None = None, mpp_um: float | None = None) -> "Slide":
+    """Open a slide with the reader of its kind of file. Another reader is a class like `OpenSlideFile`, chosen here.
+
+    Args:
+        default_mpp_um: level-0 resolution in µm per pixel for a file that states none, or an impossible one.
+        mpp_um: level-0 resolution in place of what the file states.
+
+    Raises:
+        SlideUnavailableError: the file cannot be read now.
+        SlideError: not readable as a slide, or of unknown resolution.
+    """
+    return Slide(path, OpenSlideFile(path), default_mpp_um=default_mpp_um, mpp_um=mpp_um)
+
+
+class SlideFile(Protocol):
+    """What a reader answers about an open file; `Slide` makes everything else of it.
+
+    It must be safe to read from several threads.
+
+    Attributes:
+        sizes: (width, height) of each level in its pixels, from fine to coarse; the first is level 0.
+        steps: for each level, how many of the units that `read` takes its place in make one of the level's pixels: 1
+            where places are in the level's own pixels, the level's downsample where they are in level-0 pixels.
+        properties: what the file states, under OpenSlide's names: `openslide.mpp-x`, `openslide.mpp-y`,
+            `openslide.objective-power`, `openslide.bounds-x` and so on; any of them may be missing.
+    """
+
+    sizes: Sequence[tuple[int, int]]
+    steps: Sequence[float]
+    properties: Mapping[str, str]
+
+    def read(self, level: int, place: tuple[int, int], size_px: tuple[int, int]) -> Image.Image:
+        """Stored pixels of a level, RGB of `size_px` (width, height); parts without data have the background colour.
+
+        Raises:
+            SlideUnavailableError: the file cannot be read now.
+            SlideError: the file is damaged here.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
 
 
 class Bounds(NamedTuple):
@@ -37,39 +76,40 @@ class Bounds(NamedTuple):
     height: int
 
 
-# Which levels of a file are good, and what is to be said of the others, by path, size and time of change: looked at
-# once a process, since slides are opened again and again.
+# Which levels of a file are good, and what is to be said of the others, by path, size and time of change: checked once
+# per process, since slides are opened again and again.
 _checked: dict[tuple[str, int, int], tuple[tuple[Level, ...], tuple[str, ...]]] = {}
 
 
 class Slide:
-    """An open whole-slide image.
+    """An open whole-slide image, which `open_slide` makes.
 
-    Safe to read from several threads. What fails is tried again (see `retry.reading`); a slide that raised must be
-    opened anew, for OpenSlide refuses every read after a failed one.
+    Safe to read from several threads. A slide that raised must be opened anew: libraries such as OpenSlide refuse every
+    read after a failed one.
 
     Args:
-        default_mpp_um: level-0 resolution in µm a pixel for a file that states none, or an impossible one.
-        mpp_um: level-0 resolution in place of what the file states.
+        file: as a reader has opened it; closed with the slide, also where this raises.
+        default_mpp_um, mpp_um: see `open_slide`.
 
     Attributes:
-        mpp_um: level-0 resolution, µm a pixel.
+        mpp_um: level-0 resolution, µm per pixel.
         width, height: level-0 size in pixels.
         bounds: the scanned part; the whole where the file states none.
-        doubts: what is odd about the slide, each a sentence for the log, which names the file.
+        doubts: what is odd about the slide, each a sentence for the log that names the file.
 
     Raises:
-        SlideUnavailableError: the file cannot be read now.
-        SlideError: not readable as a slide, or of unknown resolution.
+        SlideError: of unknown resolution.
     """
 
-    def __init__(self, path: Path, *, default_mpp_um: float | None = None, mpp_um: float | None = None) -> None:
+    def __init__(
+        self, path: Path, file: SlideFile, *, default_mpp_um: float | None = None, mpp_um: float | None = None
+    ) -> None:
         self.path = path = Path(path)
-        self._file = reading(path, f"cannot open {path}", self._open, (openslide.OpenSlideError, OSError))
-        self.width, self.height = self._file.dimensions
-        self.bounds = _bounds(self._file)
+        self._file = file
+        self.width, self.height = file.sizes[0]
+        self.bounds = _bounds(file)
         try:
-            self.mpp_um, doubts = resolution(self._file.properties, default_mpp_um, mpp_um)
+            self.mpp_um, doubts = resolution(file.properties, default_mpp_um, mpp_um)
         except SlideError as error:
             self.close()
             raise SlideError(f"{path}: {error}") from None
@@ -84,7 +124,7 @@ class Slide:
         Args:
             x, y: top left corner, in level-0 pixels and fractions of them.
             size_px: (width, height) of the result, in pixels at `mpp_um`.
-            mpp_um: resolution of the result, µm a pixel.
+            mpp_um: resolution of the result, µm per pixel.
 
         Returns:
             uint8 `[height, width, 3]`, RGB; parts without data have the slide's background colour.
@@ -112,9 +152,9 @@ class Slide:
         """
         width, height = size_px
         downsample = mpp_um / self.mpp_um
-        rows_a_band = max(1, int(BAND_PX / (width * downsample**2)))
-        for first in range(0, height, rows_a_band):
-            rows = min(rows_a_band, height - first)
+        rows_per_band = max(1, int(BAND_PX / (width * downsample**2)))
+        for first in range(0, height, rows_per_band):
+            rows = min(rows_per_band, height - first)
             yield self.read(0, first * downsample, (width, rows), mpp_um)
 
     def overview(self, max_px: int) -> np.ndarray:
@@ -128,7 +168,7 @@ class Slide:
 
         A level whose width and height are not level 0's divided by one number was padded, or is another picture; and
         one of the right shape is compared with the next finer good level in a few places. Files have both kinds of
-        fault, from converters to DICOM and TIFF, and OpenSlide takes every level on trust. What is found is added to
+        fault, from converters to DICOM and TIFF, and readers take every level on trust. What is found is added to
         `doubts`.
 
         Raises:
@@ -156,36 +196,10 @@ class Slide:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _open(self) -> openslide.OpenSlide:
-        try:
-            return openslide.OpenSlide(self.path)
-        except openslide.OpenSlideUnsupportedFormatError:  # which says the same of a file that is not there
-            raise openslide.OpenSlideError(UNSUPPORTED) from None
-
-    def _read_region(self, place: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
-        """Stored pixels, RGBA, from level-0 (x, y) `place` on."""
-
-        def attempt() -> Image.Image:
-            file = self._file
-            try:
-                return file.read_region(place, level, size_px)
-            except openslide.OpenSlideError:
-                if file is self._file:  # not closed here: another thread may be reading from it
-                    self._file = self._open()
-                    return self._file.read_region(place, level, size_px)
-                raise
-
-        return reading(
-            self.path,
-            f"{self.path}: cannot read at ({place[0]}, {place[1]})",
-            attempt,
-            (openslide.OpenSlideError, OSError),
-        )
-
     def _level_for(self, downsample: float) -> Level:
-        """The coarsest level that has the detail of a downsample; level 0 needs no look at the others."""
+        """The coarsest level that has the detail of a downsample; where none could but level 0, none is checked."""
         limit = downsample * (1 + RESOLUTION_TOLERANCE)
-        if self._file.get_best_level_for_downsample(limit) == 0:
+        if all(self.width / width + self.height / height > 2 * limit for width, height in self._file.sizes[1:]):
             return self._level_0
         return [level for level in self.levels() if max(level.downsample) <= limit or level.number == 0][-1]
 
@@ -196,7 +210,7 @@ class Slide:
     def _check_levels(self) -> tuple[tuple[Level, ...], tuple[str, ...]]:
         """The good levels, and what is wrong with the others."""
         good, doubts = [self._level_0], []
-        for index, (width, height) in enumerate(self._file.level_dimensions[1:], start=1):
+        for index, (width, height) in enumerate(self._file.sizes[1:], start=1):
             downsample = level_downsample((self.width, self.height), (width, height))
             if downsample is None:
                 ratios = f"level 0 is {self.width / width:.4g} times as wide and {self.height / height:.4g} as high"
@@ -218,9 +232,9 @@ class Slide:
 
     def _region(self, level: Level, x: float, y: float, size_px: tuple[int, int], downsample: float) -> Image.Image:
         """A region of a level, RGB of `size_px`, whose pixels are `downsample` level-0 pixels wide and high."""
-        theirs = self._file.level_downsamples[level.number]
+        steps = self._file.steps[level.number]
         across, down = (
-            span(start / stored, wanted * downsample / stored, wanted, whole, theirs)
+            span(start / stored, wanted * downsample / stored, wanted, whole, steps)
             for start, stored, wanted, whole in zip(
                 (x, y), level.downsample, size_px, (level.width, level.height), strict=True
             )
@@ -241,28 +255,19 @@ class Slide:
             for axis, whole in zip((across, down), (level.width, level.height), strict=True)
         ]
         place = (across.place, down.place)
-        image = self._flatten(self._read_region(place, level.number, (taken[0], taken[1])))
+        image = self._file.read(level.number, place, (taken[0], taken[1]))
         missing = (across.size - taken[0], down.size - taken[1])
         if any(missing):
             pixels = np.pad(np.asarray(image), ((0, missing[1]), (0, missing[0]), (0, 0)), mode="edge")
             image = Image.fromarray(pixels)
         return image
 
-    def _flatten(self, region: Image.Image) -> Image.Image:
-        """RGBA to RGB; most tiles are opaque, which is a cheap look at their alpha band."""
-        if region.getchannel("A").getextrema() == (255, 255):
-            return region.convert("RGB")
-        colour = self._file.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
-        image = Image.new("RGB", region.size, f"#{colour}")
-        image.paste(region, mask=region.getchannel("A"))
-        return image
 
-
-def _bounds(file: openslide.OpenSlide) -> Bounds:
-    """What the file states to be scanned."""
+def _bounds(file: SlideFile) -> Bounds:
+    """The scanned part that a file states."""
     names = ("x", "y", "width", "height")
     stated = [file.properties.get(f"openslide.bounds-{name}") for name in names]
-    whole = (0, 0, *file.dimensions)
+    whole = (0, 0, *file.sizes[0])
     x, y, width, height = (
         default if value is None else int(value) for value, default in zip(stated, whole, strict=True)
     )

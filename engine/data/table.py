@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slidescale.engine.errors import ManifestError
-
-# (row number, cells by column); a row's number is that of its first line in the file, which begins with line 1.
-Record = tuple[int, dict[str, str]]
+from slidescale.engine.supervision.cells import Record
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
-# What Excel puts before the header to say how it is to be read.
+# The line that Excel puts before the header to name the delimiter.
 SEP_LINE = re.compile(r"\s*\"?sep=([^\r\n])\"?[,;\t]*\r?\n?", re.IGNORECASE)
 # A line, of which quoted cells may hold line breaks.
 LINE = re.compile(r'(?:[^"\r\n]|"[^"]*")*')
 
 
 class Table(NamedTuple):
-    """A header, and the rows that are not empty, their cells stripped; a cell that a row lacks is empty."""
+    """A header, and the rows that are not empty, with stripped cells; a cell that a row lacks is empty."""
 
     columns: list[str]
     records: list[Record]
@@ -99,7 +97,7 @@ def _decode(path: Path, content: bytes) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """What stands most often between the header's cells; what is in quotes does not count."""
+    """The delimiter that the header has most of, outside quotes."""
     if named := SEP_LINE.match(text):
         return named[1]
     header = next((line for match in LINE.finditer(text) if (line := match[0]).strip(",;\t ")), "")

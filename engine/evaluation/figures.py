@@ -1,7 +1,7 @@
 """Pictures of slide-level predictions: curves, calibration, confusion, scatter and survival."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +14,15 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from slidescale.engine.config import SupervisionName
 from slidescale.engine.evaluation.intervals import by_patient
-from slidescale.engine.evaluation.metrics import CALIBRATION_BINS, confidence_bin, measure
+from slidescale.engine.evaluation.metrics import Judged, checked, measure
+from slidescale.engine.supervision.base import Question
+from slidescale.engine.supervision.make import supervision_of
+from slidescale.engine.supervision.rates import CALIBRATION_BINS, confidence_bin
 
 # Okabe & Ito's colours, which people who see colours differently tell apart; then the same in other strokes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STROKES = ("-", "--", ":", "-.")
 GREY = "#8c8c8c"
-# Of all figures.
-NAMES = {"roc", "precision_recall", "reliability", "confusion", "scatter", "kaplan_meier"}
 # Classes up to which the cells of a confusion matrix have room for two lines.
 ROOMY_CLASSES = 6
 LONGEST_NAME = 22
@@ -67,82 +68,26 @@ def draw(
         targets: as in `metrics.measure`.
         outputs: as there.
         names: as there.
-        cases: the patient of each slide; None: each is another's.
-        about: whose predictions these are, a line below each figure.
+        cases: the patient of each slide; None: each slide has a patient of its own.
+        about: what slides these are, a line below each figure.
 
     Returns:
-        uint8 RGB pictures `[H, W, 3]` by name: `roc`, `precision_recall`, `reliability` and `confusion` of classes;
-        `roc` and `precision_recall` of labels; `scatter`; `kaplan_meier` of the patients (see `intervals.by_patient`)
-        above and below the median risk. What is not defined (a curve of one class, survival without events, with all
-        risks equal or where a patient's slides have different times, anything without slides) is left out.
+        uint8 RGB pictures `[H, W, 3]` by name: of the figures that the kind of supervision names, those that are
+        defined. A curve of one class is not, nor survival without events, with all risks equal or where a patient's
+        slides have different times, nor anything without slides.
 
     Raises:
         ValueError: the arrays' shapes do not fit the kind, each other or the names.
     """
-    figures = _draw(kind, targets, outputs, names, cases)
-    return {name: _picture(figure, about) for name, figure in figures.items()}
-
-
-def _draw(
-    kind: SupervisionName,
-    targets: np.ndarray,
-    outputs: np.ndarray,
-    names: Sequence[str],
-    cases: Sequence[str] | None,
-) -> dict[str, Figure]:
-    values = measure(kind, targets, outputs, names)
-    targets, outputs = np.asarray(targets, dtype=float), np.asarray(outputs, dtype=float)
+    targets, outputs = checked(kind, targets, outputs, names)
     if not len(targets):
         return {}
-    if kind == "regression":
-        return {"scatter": _scatter(targets[:, 0], outputs[:, 0], values)}
-    if kind == "survival":
-        if cases is not None:
-            try:
-                targets, outputs, _ = by_patient(targets, outputs, cases)
-            except ValueError:  # metrics.json has the reason
-                return {}
-            values = measure(kind, targets, outputs, names)
-        high = outputs[:, 0] > np.median(outputs)
-        if not high.any() or not targets[:, 1].any():
-            return {}
-        return {"kaplan_meier": _kaplan_meier(targets[:, 0], targets[:, 1] == 1, high, values)}
-    pictures = {}
-    columns = one_against_rest(kind, targets, outputs, names)
-    rocs, precisions = roc_curves(columns), precision_recall_curves(columns)
-    if rocs:
-        pictures["roc"] = _lines(rocs, "ROC curve", "1 − specificity", "Sensitivity", "AUROC")
-        pictures["precision_recall"] = _lines(
-            precisions, "Precision and recall", "Recall (sensitivity)", "Precision", "Average precision"
-        )
-    if kind == "classes":
-        labels = targets[:, 0].astype(int)
-        pictures["reliability"] = _reliability(calibration(labels, outputs), values)
-        pictures["confusion"] = _confusion(confusion(labels, outputs), names, values)
-    return pictures
+    judged = Judged(kind, targets, outputs, list(map(str, range(len(targets)))) if cases is None else cases, names)
+    figures = {name: FIGURES[name](judged) for name in supervision_of(kind).figures}
+    return {name: _picture(figure, about) for name, figure in figures.items() if figure is not None}
 
 
-def one_against_rest(
-    kind: SupervisionName, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The yes-or-no questions in classes or labels that have slides of both answers: name, truth `[m]`, score `[m]`.
-
-    Of two classes it is the second; of a label, the slides without a target are left out.
-    """
-    questions = []
-    for column, name in enumerate(names):
-        if kind == "classes":
-            truth, known = targets[:, 0] == column, np.full(len(targets), True)
-            if len(names) == 2 and column == 0:
-                continue
-        else:
-            truth, known = targets[:, column] == 1, ~np.isnan(targets[:, column])
-        if truth[known].any() and not truth[known].all():
-            questions.append((name, truth[known], outputs[known, column]))
-    return questions
-
-
-def roc_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curve]:
+def roc_curves(questions: Sequence[Question]) -> list[Curve]:
     """Sensitivity over 1 − specificity."""
     curves = []
     for name, truth, scores in questions:
@@ -151,7 +96,7 @@ def roc_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curv
     return curves
 
 
-def precision_recall_curves(questions: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Curve]:
+def precision_recall_curves(questions: Sequence[Question]) -> list[Curve]:
     """Precision over recall, from recall 1 to 0; the area is the average precision."""
     curves = []
     for name, truth, scores in questions:
@@ -357,3 +302,66 @@ def _kaplan_meier(times: np.ndarray, events: np.ndarray, high: np.ndarray, value
     table.spines[["top", "right", "left"]].set_visible(False)
     table.tick_params(axis="y", length=0)
     return figure
+
+
+def _values(judged: Judged) -> dict[str, float | None]:
+    return measure(judged.supervision, judged.targets, judged.outputs, judged.names)
+
+
+def _questions(judged: Judged) -> list[Question]:
+    return supervision_of(judged.supervision).questions(judged.targets, judged.outputs, judged.names)
+
+
+def draw_roc(judged: Judged) -> Figure | None:
+    """Sensitivity over 1 − specificity, of each of the kind's questions."""
+    curves = roc_curves(_questions(judged))
+    return _lines(curves, "ROC curve", "1 − specificity", "Sensitivity", "AUROC") if curves else None
+
+
+def draw_precision_recall(judged: Judged) -> Figure | None:
+    """Precision over recall, of each of the kind's questions."""
+    curves = precision_recall_curves(_questions(judged))
+    return (
+        _lines(curves, "Precision and recall", "Recall (sensitivity)", "Precision", "Average precision")
+        if curves
+        else None
+    )
+
+
+def draw_reliability(judged: Judged) -> Figure:
+    """Accuracy by confidence of the likeliest class."""
+    return _reliability(calibration(judged.targets[:, 0].astype(int), judged.outputs), _values(judged))
+
+
+def draw_confusion(judged: Judged) -> Figure:
+    """Slides by true and likeliest class."""
+    return _confusion(confusion(judged.targets[:, 0].astype(int), judged.outputs), judged.names, _values(judged))
+
+
+def draw_scatter(judged: Judged) -> Figure:
+    """Predicted over true numbers."""
+    return _scatter(judged.targets[:, 0], judged.outputs[:, 0], _values(judged))
+
+
+def draw_kaplan_meier(judged: Judged) -> Figure | None:
+    """Survival of the patients (see `intervals.by_patient`) above and below the median risk."""
+    try:
+        targets, outputs, _ = by_patient(judged.targets, judged.outputs, judged.cases)
+    except ValueError:  # metrics.json has the reason
+        return None
+    high = outputs[:, 0] > np.median(outputs)
+    if not high.any() or not targets[:, 1].any():
+        return None
+    values = measure(judged.supervision, targets, outputs, judged.names)
+    return _kaplan_meier(targets[:, 0], targets[:, 1] == 1, high, values)
+
+
+# By the names that kinds of supervision have for them. None where a figure is not defined.
+FIGURES: dict[str, Callable[[Judged], Figure | None]] = {
+    "roc": draw_roc,
+    "precision_recall": draw_precision_recall,
+    "reliability": draw_reliability,
+    "confusion": draw_confusion,
+    "scatter": draw_scatter,
+    "kaplan_meier": draw_kaplan_meier,
+}

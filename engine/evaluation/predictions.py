@@ -1,8 +1,9 @@
-"""Evaluation: whole slides, all tissue tiles, streamed through the encoder a chunk at a time."""
+"""Evaluation: whole slides, all tissue tiles, streamed through the encoder one chunk at a time."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -10,22 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slidescale.engine.config import SupervisionName
 from slidescale.engine.data.bag import places
 from slidescale.engine.data.cohort import Cohort, Fault, fault_of
-from slidescale.engine.data.manifest import Manifest, ManifestRow
+from slidescale.engine.data.manifest import ManifestRow
 from slidescale.engine.data.prefetch import CHUNKS_AHEAD, TileReader, TileRequest
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
-from slidescale.engine.evaluation.metrics import HEADLINES, SHOWN, measure
+from slidescale.engine.evaluation.metrics import Judged, measure
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.supervision.make import supervision_of
 from slidescale.engine.supervision.objective import Objective
 
 
 class SlideFile(Protocol):
-    """What predicting a slide takes, beside its tiling: its name, where it is, and its scale."""
+    """A slide to predict, beside its tiling: its name, where it is, and its scale."""
 
     @property
     def slide_id(self) -> str:
@@ -33,7 +36,7 @@ class SlideFile(Protocol):
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """The file."""
 
     @property
     def mpp_um(self) -> float | None:
@@ -45,14 +48,14 @@ File = TypeVar("File", bound=SlideFile)
 
 @dataclass(frozen=True)
 class Output(Generic[File]):
-    """What the model says of a slide, while the other tile groups have taken others.
+    """What the model's forward makes of a slide, while the other tile groups have taken other slides.
 
     Attributes:
         row: the slide.
         logits: `[classes]`, equal on every rank of the tile group.
         weights: `[N]`, of each of the slide's tiles, on the CPU.
-        fault: where this rank could not read its tiles; logits and weights of the slide mean nothing then, on any
-            rank, and it is for the caller to tell the others.
+        fault: why this rank could not read its tiles, if so; logits and weights of the slide mean nothing then, on any
+            rank, and the caller passes the fault on to the other ranks.
         speaks: whether this rank is the one to pass the results on.
     """
 
@@ -64,7 +67,7 @@ class Output(Generic[File]):
 
 
 class Prediction(NamedTuple):
-    """Of one slide: what `Objective.predict` says `[O]`, loss, and the weight of each of its N tiles `[N]`."""
+    """One slide's `Objective.predict` `[O]`, its loss, and the weight of each of its N tiles `[N]`."""
 
     row: ManifestRow
     output: np.ndarray
@@ -77,16 +80,48 @@ class Evaluation:
     """The predictions of a split, and what they amount to.
 
     Attributes:
-        loss: mean over slides; None without slides.
-        headline: name of the metric that tells the best epoch.
-        metrics: all of the supervision's (see `metrics.measure`), None where they are undefined, as the AUROC is when
-            a class has no slide; empty without slides.
+        supervision: name of the kind of supervision.
+        names: of what is predicted, as `Manifest.classes`.
+        predictions: of the slides that could be read.
     """
 
+    supervision: SupervisionName
+    names: tuple[str, ...]
     predictions: list[Prediction]
-    loss: float | None
-    headline: str
-    metrics: dict[str, float | None]
+
+    @cached_property
+    def judged(self) -> Judged:
+        """The predictions beside what is true; there must be some."""
+        return Judged(
+            self.supervision,
+            np.array([prediction.row.target for prediction in self.predictions]),
+            np.stack([prediction.output for prediction in self.predictions]),
+            [prediction.row.case_id for prediction in self.predictions],
+            self.names,
+        )
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over slides; None without slides."""
+        if not self.predictions:
+            return None
+        return float(np.mean([prediction.loss for prediction in self.predictions]))
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that the best epoch is chosen by."""
+        return supervision_of(self.supervision).headline
+
+    @cached_property
+    def metrics(self) -> dict[str, float | None]:
+        """All of the supervision's metrics, None where they are undefined; empty without slides.
+
+        The AUROC is undefined, for one, when a class has no slide.
+        """
+        if not self.predictions:
+            return {}
+        kind, targets, outputs, _, names = self.judged
+        return measure(kind, targets, outputs, names)
 
     @property
     def score(self) -> tuple[float, ...]:
@@ -96,22 +131,12 @@ class Evaluation:
         value = self.metrics[self.headline]
         return (0.0 if value is None else value, -self.loss)
 
-    @property
-    def targets(self) -> np.ndarray:
-        """`[slides, T]`, as `ManifestRow.target` has them."""
-        return np.array([prediction.row.target for prediction in self.predictions])
-
-    @property
-    def outputs(self) -> np.ndarray:
-        """`[slides, O]`."""
-        return np.stack([prediction.output for prediction in self.predictions])
-
     def __str__(self) -> str:
         if self.loss is None:
             return "(no slides)"
         value = self.metrics[self.headline]
-        name = SHOWN.get(self.headline, self.headline)
-        return f"loss {self.loss:.3f} {name} {'undefined' if value is None else f'{value:.3f}'}"
+        title = supervision_of(self.supervision).headline_title
+        return f"loss {self.loss:.3f} {title} {'undefined' if value is None else f'{value:.3f}'}"
 
 
 def evaluate(
@@ -125,11 +150,11 @@ def evaluate(
     device: torch.device,
     what: str = "validating",
 ) -> Evaluation:
-    """Predict slides, each tile group its own; a slide that cannot be read is set aside, on every rank.
+    """Predict slides, different ones in each tile group; a slide that cannot be read is set aside, on every rank.
 
     Args:
         chunk: tiles that a rank encodes at once.
-        what: is being done, for the log.
+        what: what is being done, for the log.
 
     Raises:
         TrainingError: a loss is not finite; names the slide.
@@ -151,7 +176,8 @@ def evaluate(
                     f"slide {slide_id}: the loss in validation is {prediction.loss}; the last checkpoint is kept"
                 )
             predictions[slide_id] = prediction
-    return _sum_up(list(predictions.values()), cohort.manifest)
+    manifest = cohort.manifest
+    return Evaluation(manifest.supervision, manifest.classes, list(predictions.values()))
 
 
 def run_model(
@@ -164,12 +190,12 @@ def run_model(
     device: torch.device,
     what: str,
 ) -> Iterator[Output[File]]:
-    """Encode and aggregate whole slides, each tile group its own; every rank takes every output.
+    """Encode and aggregate whole slides, different ones in each tile group; every rank takes every output.
 
     Args:
         tilings: of every row, by its slide_id.
         chunk: tiles that a rank encodes at once.
-        what: is being done, for the log.
+        what: what is being done, for the log.
     """
     model.eval()
     rounds = [_Round(rows[at : at + mesh.slides], tilings, mesh, chunk) for at in range(0, len(rows), mesh.slides)]
@@ -215,16 +241,7 @@ class _Round(Generic[File]):
         self._chunk = chunk
 
     def requests(self) -> Iterator[TileRequest]:
-        """This rank's tiles, a chunk at a time; empty requests where other ranks have more."""
+        """This rank's tiles, one chunk at a time; empty requests where other ranks have more."""
         for index in range(self.count):
             part = slice(index * self._chunk, (index + 1) * self._chunk)
             yield TileRequest(self.row.path, self._mine[part], self.row.mpp_um)
-
-
-def _sum_up(predictions: list[Prediction], manifest: Manifest) -> Evaluation:
-    kind = manifest.supervision
-    if not predictions:
-        return Evaluation([], None, HEADLINES[kind], {})
-    loss = float(np.mean([prediction.loss for prediction in predictions]))
-    found = Evaluation(predictions, loss, HEADLINES[kind], {})
-    return replace(found, metrics=measure(kind, found.targets, found.outputs, manifest.classes))

@@ -39,8 +39,11 @@ def check_launcher() -> None:
         )
 
 
-def pick_device(local_rank: int) -> torch.device:
+def pick_device(local_rank: int = -1) -> torch.device:
     """This rank's GPU where there are GPUs, else the CPU, of which local ranks get equal parts.
+
+    Args:
+        local_rank: where no launcher says it by LOCAL_RANK; a negative one stands for the first.
 
     Raises:
         ConfigError: more ranks on this machine than GPUs.
@@ -51,7 +54,7 @@ def pick_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_ranks() > torch.cuda.device_count():
         raise ConfigError(f"{local_ranks()} ranks were started on a machine with {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", max(0, local_rank))))
     torch.cuda.set_device(device)
     return device
 
@@ -60,17 +63,19 @@ def pick_device(local_rank: int) -> torch.device:
 class Mesh:
     """All ranks as S rows of T: the ranks of a row share one slide's tiles, and each row has a slide of its own.
 
-    `Mesh()` is one process alone.
+    `Mesh()` is one process alone, on the CPU; `join` makes the one of a world.
 
     Attributes:
         world: all S × T ranks.
         tiles: this rank's row.
         device_mesh: the same as PyTorch knows it, with dimensions "slides" and "tiles"; None for one process alone.
+        device: that this rank computes on.
     """
 
     world: RankGroup = field(default_factory=RankGroup)
     tiles: TileGroup = field(default_factory=TileGroup)
     device_mesh: DeviceMesh | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def slides(self) -> int:
@@ -83,22 +88,46 @@ class Mesh:
         return self.world.rank // self.tiles.size
 
 
+def join(tile_ranks: int | str = "all", *, device: torch.device | None = None, alone: bool | None = None) -> Mesh:
+    """Meet the other ranks that torchrun or DeepSpeed's launcher has started.
+
+    Args:
+        tile_ranks: T, ranks that share a slide; it divides the number of ranks. "all": all of them.
+        device: that this rank computes on; None: `pick_device`'s.
+        alone: True: this process alone, without a world; False: a world also of one process, as strategies other than
+            "single" need it; None: alone where no launcher has started other processes.
+
+    Raises:
+        UserError: they cannot meet, for example because the port is taken; or their number does not fit.
+    """
+    check_launcher()
+    device = pick_device() if device is None else device
+    if alone is None:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_initialized()
+    if alone:
+        return Mesh(device=device)
+    start_world(device)
+    if tile_ranks != "all" and dist.get_world_size() % int(tile_ranks):
+        raise ConfigError(f"{tile_ranks} ranks per slide: must divide the number of ranks, {dist.get_world_size()}")
+    return make_mesh(device, tile_ranks)
+
+
 def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
     """Arrange the ranks of a started world; ranks that share a slide have neighbouring numbers, and so a machine.
 
     Args:
         tile_ranks: T, or "all"; it divides the number of ranks.
     """
-    return _arrange(device.type, dist.get_world_size() if tile_ranks == "all" else int(tile_ranks))
+    return _arrange(device, dist.get_world_size() if tile_ranks == "all" else int(tile_ranks))
 
 
 @cache  # groups of ranks are the world's, and the runs that follow each other in it share them
-def _arrange(device_type: str, in_row: int) -> Mesh:
+def _arrange(device: torch.device, in_row: int) -> Mesh:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     assert ranks % in_row == 0, f"{in_row} ranks a slide of {ranks} ranks"
-    device_mesh = init_device_mesh(device_type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
+    device_mesh = init_device_mesh(device.type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
     row = None if in_row == ranks else device_mesh.get_group("tiles")
-    return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh)
+    return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh, device)
 
 
 def start_world(device: torch.device) -> None:

@@ -8,11 +8,12 @@ With S tile groups, each on slides of its own, the mean over S × T ranks is tha
 tile groups took A = n / S each, one after another, has each loss times S / n (see `Feed`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from slidescale.engine.parallel.collectives import all_gather_rows
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.kernels.gated_attention import Partial
 
@@ -33,6 +34,13 @@ class TileGroup(RankGroup):
         """
         most = -(-k // self.size)
         return -(-most // chunk)
+
+    def all_rows(self, rows: Tensor, k: int) -> Tensor:
+        """This rank's rows `[K_local, …]` of K to all K, on every rank; the backward sums over ranks."""
+        if self.size == 1:
+            return rows
+        shares = [replace(self, rank=rank).share(k) for rank in range(self.size)]
+        return all_gather_rows(rows, [share.stop - share.start for share in shares], self.process_group)
 
     def merge(self, partial: Partial) -> Tensor:
         """The softmax-pooled features `[B, D]` of the whole slide, from each rank's partial.

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from torch.utils.cpp_extension import LIB_EXT, _get_build_directory
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.process.launcher import is_main_rank
+from slidescale.engine.process.substitute import substitute
 from slidescale.engine.strategies.state_files import load_state
 from slidescale.engine.strategies.strategy import (
     GradientNorms,
@@ -36,7 +36,7 @@ from slidescale.engine.strategies.strategy import (
     gradient_norms,
 )
 
-# DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
+# DeepSpeed looks for an accelerator when it is imported; this gives it the one that `pick_device` finds.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.ops.op_builder.builder import OpBuilder
@@ -293,11 +293,11 @@ def _without_shared_memory() -> Iterator[None]:
     """Make a DeepSpeed backend that does not share memory between a machine's ranks.
 
     It would for one collective, of tensor-parallel inference, which training never calls. For that it compiles an
-    operator for a minute, leaves 66 MiB a rank in /dev/shm when a rank is killed, and waits for ever, deaf to signals,
-    for the memory of a rank that has died or is on another machine.
+    operator for a minute, leaves 66 MiB per rank in /dev/shm when a rank is killed, and waits for ever, deaf to
+    signals, for the memory of a rank that has died or is on another machine.
     """
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package, this is PyTorch
-    with mock.patch.object(backend, "build_shm_op", return_value=None):
+    with substitute(backend, "build_shm_op", lambda: None):
         yield
 
 
@@ -337,5 +337,5 @@ def _announcing_operators() -> Iterator[None]:
             log.info("DeepSpeed compiles its %s operator, once: about two minutes, in %s", self.name, folder)
         return original(self, verbose)
 
-    with mock.patch.object(OpBuilder, "jit_load", jit_load):
+    with substitute(OpBuilder, "jit_load", jit_load):
         yield

@@ -6,9 +6,12 @@ What trains, on what, and how it is judged is the same as end to end: splits, ba
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from slidescale.engine.data.cohort import Cohort, Fault, fault_of
@@ -20,16 +23,16 @@ from slidescale.engine.errors import SlideError, UserError
 from slidescale.engine.logger import Meter
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.shared_count import SharedCount
+from slidescale.engine.parallel.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
 
-# How often a rank that has no slide left looks whether the others have ended.
-POLL_S = 0.2
+# How long a rank that has encoded its share waits for the slowest one: no limit. Shares of days may end hours apart.
+UNLIMITED = timedelta(days=365)
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """Of all values in an encoder: its weights, statistics, and the constants that prepare its tiles."""
+    """Digest of all values in an encoder: its weights, statistics, and the constants that prepare its tiles."""
     digest = hashlib.blake2b(digest_size=16)
     buffers = {name: tensor for name, tensor in encoder.named_buffers() if "stain" not in name}
     for name, tensor in sorted({**encoder.state_dict(), **buffers}.items()):
@@ -48,11 +51,10 @@ def encode_cohort(
     chunk: int,
     device: torch.device,
 ) -> None:
-    """Put the features of every usable slide's tissue tiles into the store, those that are not there.
+    """Put the features of every usable slide's tissue tiles into the store, except those that are there already.
 
-    Ranks encode whole slides, each the largest that none has begun, so that all end at about the same time, and none
-    waits in a collective, which has a time limit, before all have ended. A slide that cannot be read is set aside, on
-    every rank; one that could not be read just now, until the run is resumed.
+    Each rank encodes whole slides, its share of `deal`, and meets the others once, when it has finished. A slide that
+    cannot be read is set aside, on every rank; one that cannot be read just now, until the run is resumed.
 
     Args:
         chunk: tiles that go through the encoder at once.
@@ -64,7 +66,6 @@ def encode_cohort(
     # The main rank looks for all: a file that appears meanwhile, another run's, would divide the ranks.
     missing = mesh.world.ask_main(lambda: _missing(rows, cohort, store))
     tiles = {slide_id: len(cohort.tilings[slide_id].coords) for slide_id in missing}
-    queue = sorted(missing, key=lambda slide_id: (-tiles[slide_id], slide_id))
     log.info(
         "frozen encoder: %s has features of %d slides; %d slides (%s tiles) are to be encoded, %d tiles at a time",
         store.folder,
@@ -74,34 +75,31 @@ def encode_cohort(
         chunk,
     )
     begin = time.perf_counter()
-    begun, encoded, ended = (SharedCount(mesh.world) for _ in range(3))
+    mine = deal(tiles, mesh.world.size)[mesh.world.rank]
     meter = Meter("encoding", sum(tiles.values()), "tile", main=mesh.world.rank == 0)
+    done = 0  # tiles of this rank; the other ranks are about as far
     faults: dict[str, Fault] = {}
     trouble = None
     model.eval()
-    try:
-        while (place := begun.add(1) - 1) < len(queue):
-            slide_id = queue[place]
+    with _without_time_limit(mesh.world) as world:
+        for slide_id in mine:
             row, tiling = rows[slide_id], cohort.tilings[slide_id]
             try:
                 parts = []
                 for part in encode_slide(model, row, tiling, reader, chunk=chunk, device=device):
                     parts.append(part)
-                    meter.reach(encoded.add(len(part)))
+                    meter.reach(min((done + sum(map(len, parts))) * world.size, sum(tiles.values())))
                 store.save(row.path, tiling, torch.cat(parts), row.mpp_um)
             except SlideError as error:
                 faults[slide_id] = fault_of(slide_id, error)
-                encoded.add(tiles[slide_id] - sum(map(len, parts)))
-            except OSError as error:  # a full disk, say; the other ranks begin no more, and hear of it below
+            except OSError as error:  # a full disk, say, on which no other slide has room either
                 trouble = f"cannot write features to {store.folder}: {error}"
-                begun.add(len(queue))
-    finally:
-        ended.add(1)  # whatever has happened: the others would look for ever
-    while ended.add(0) < mesh.world.size:
-        time.sleep(POLL_S)
-        meter.reach(encoded.add(0))
+                if world.size > 1:
+                    log.error("rank %d %s; the run ends when the other ranks are done", world.rank, trouble)
+                break
+            done += tiles[slide_id]
+        everyones = world.gather_objects((faults, trouble))
     meter.close()
-    everyones = mesh.world.gather_objects((faults, trouble))
     for _, each in everyones:
         if each is not None:
             raise UserError(each)
@@ -117,6 +115,40 @@ def encode_cohort(
         raise UserError(
             f"not every rank sees the features in {store.folder}: --run.out must be on a file system that all share"
         )
+
+
+def deal(tiles: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Deal slides out to ranks: each, from the largest on, to the rank that has the fewest tiles so far.
+
+    Args:
+        tiles: number of tiles by slide_id; ranks that have the same numbers deal alike.
+
+    Returns:
+        The slide_ids of each rank, its largest slide first. No rank has more than 4/3 of what the largest share would
+        have if slides were dealt out as evenly as they can be (Graham 1969, SIAM J. Appl. Math. 17:416).
+    """
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for slide_id in sorted(tiles, key=lambda slide_id: (-tiles[slide_id], slide_id)):
+        rank = loads.index(min(loads))
+        shares[rank].append(slide_id)
+        loads[rank] += tiles[slide_id]
+    return shares
+
+
+@contextmanager
+def _without_time_limit(world: RankGroup) -> Iterator[RankGroup]:
+    """The same ranks, whose collectives wait for each other as long as it takes; every rank enters at the same place.
+
+    A rank that dies meanwhile is noticed all the same, by its closed connection.
+    """
+    if world.size == 1:
+        yield world
+        return
+    group = dist.new_group(backend="gloo", timeout=UNLIMITED)
+    assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+    yield RankGroup(world.rank, world.size, group)
+    dist.destroy_process_group(group)
 
 
 def encode_slide(
@@ -136,7 +168,7 @@ def encode_slide(
 
 
 def _missing(rows: dict[str, ManifestRow], cohort: Cohort, store: FeatureStore) -> list[str]:
-    """The slides without features; one that is no longer there counts, and is told of when it is to be read.
+    """The slides without features; one whose file is gone counts, and fails when it is to be read.
 
     Raises:
         UserError: damaged features cannot be deleted.

@@ -9,7 +9,7 @@ import torch
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
-from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import Mesh, join, pick_device
 from slidescale.engine.strategies.ds_config import complete_ds_config, read_ds_config, uses_bf16
 from slidescale.engine.strategies.make import StrategyName, select_strategy
 from slidescale.kernels.dispatch import KernelName, choose_kernels
@@ -35,7 +35,7 @@ class Place:
 
 def choose_place(config: Config) -> Place:
     """What can be chosen before the ranks meet, so that what does not go together is told at once."""
-    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", config.local_rank))))
+    device = pick_device(config.local_rank)
     strategy = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and has_bf16(device))
     ds_content = read_ds_config(config.deepspeed_config) if config.deepspeed_config else None
@@ -50,10 +50,7 @@ def choose_place(config: Config) -> Place:
 
 def meet(config: Config, place: Place) -> Place:
     """The place with its ranks, which have met, unless one process trains alone."""
-    if place.strategy == "single":
-        return place
-    start_world(place.device)
-    mesh = make_mesh(place.device, config.parallel.tile_ranks)
+    mesh = join(config.parallel.tile_ranks, device=place.device, alone=place.strategy == "single")
     _check_alike(config, mesh)
     return replace(place, mesh=mesh)
 

@@ -1,22 +1,20 @@
 """The folder of a run: where it is, and what it records of how it was made."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
-from slidescale.engine.errors import UserError, flag
+from slidescale.engine.errors import UserError, flag, near
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
+from slidescale.engine.training.provenance import provenance
 
-# Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
+# Settings that may change when a run is resumed: they have no part in what is learnt, or only in for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
 MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps", "optim.accumulate"}
 MAY_CHANGE |= {"run.keep_checkpoints"}
@@ -41,7 +39,7 @@ def find_run_folder(out: Path, name: str) -> Path:
     """The latest of the runs called `name` that has a checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: no such run has one.
     """
     runs = list(takewhile(Path.exists, _numbered(out, name)))
     for folder in reversed(runs):
@@ -68,12 +66,12 @@ def check_same_settings(folder: Path, config: Config) -> None:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
 
 
-def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: str | None) -> None:
+def check_same_subject(folder: Path, classes: tuple[str, ...], fingerprint: str | None) -> None:
     """Refuse to resume a run with another manifest's classes, or another frozen encoder.
 
     Args:
-        classes: of the manifest.
-        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
+        classes: the manifest's.
+        fingerprint: a frozen encoder's, whose weights are not in a checkpoint; None where the encoder trains.
 
     Raises:
         UserError: says which of them differs.
@@ -83,28 +81,36 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
         raise UserError(
             f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
         )
-    if frozen_encoder != record.get("frozen_encoder"):
+    if fingerprint != record.get("frozen_encoder"):
         raise UserError(
             f"--resume: {folder} was begun with other weights of the frozen encoder than --model.weights or "
             "--model.pretrained gives now: bring those back"
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `record_run` wrote.
+def read_record(folder: Path, *needed: str) -> dict[str, Any]:
+    """Read what `record_run` wrote.
+
+    Args:
+        needed: names that must be in it, beside those that every version has written.
 
     Raises:
-        UserError: config.json is missing or damaged.
+        UserError: there is no such run, or its config.json is missing, damaged or without what is needed.
     """
+    if not folder.is_dir():
+        runs = [path.parent.name for path in folder.parent.glob("*/config.json")]
+        raise UserError(f"there is no run {folder}" + near(folder.name, runs))
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record["config"], dict):
             raise TypeError("its settings are not a table")
         record["classes"] = tuple(record["classes"])
-        return record
+        return record | {name: record[name] for name in needed}
     except FileNotFoundError:
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json") from None
+        runs = sorted(str(found.parent) for found in folder.glob("*/config.json"))
+        hint = f"; it holds the runs {', '.join(runs[:5])}" if runs else ""
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json{hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
@@ -121,38 +127,20 @@ def record_run(
     ds_config: dict[str, Any] | None,
     classes: tuple[str, ...],
     objective: Objective,
-    frozen_encoder: str | None = None,
+    fingerprint: str | None = None,
 ) -> None:
-    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions.
+    """Write config.json: all settings, the completed ds.json, what is predicted, the commit and the versions.
 
     Args:
-        frozen_encoder: fingerprint of the encoder, if it is frozen: whoever predicts with the run's aggregator builds
-            the encoder from its name and weights, and can see that these are the same.
+        fingerprint: a frozen encoder's: whoever predicts with the run's aggregator builds the encoder from its name and
+            weights, and can see that these are the same. None where the encoder trains.
     """
     record = {
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
         "objective": objective.record(),
-        "frozen_encoder": frozen_encoder,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("slidescale", "torch", "deepspeed", "timm", "openslide-python")},
+        "frozen_encoder": fingerprint,
+        **provenance(),
     }
     write_json(folder / "config.json", record)
-
-
-def git_commit() -> str | None:
-    """The commit of the code, marked when files differ from it; None when the code is not in a git checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from slidescale.engine.evaluation.metrics import SHOWN
+from slidescale.engine.supervision.make import headline_title
 from slidescale.engine.training.stopwatch import PHASES
 
 # Of the HPARAMS tab, whose table is for comparing runs: what every run has there, and how many more it may have.
@@ -55,11 +55,11 @@ def layout(headline: str) -> dict[str, dict[str, list[object]]]:
     Each chart has one curve a run. TensorBoard colours curves by their run, so that two of one run look alike.
 
     Args:
-        headline: the metric that tells the best epoch, as `metrics.HEADLINES` names it.
+        headline: the metric that the best epoch is chosen by.
     """
     charts = {
         "validation": {
-            f"{SHOWN.get(headline, headline)}, validation": f"val/{headline}",
+            f"{headline_title(headline)}, validation": f"val/{headline}",
             "loss, validation": "epoch/val_loss",
         },
         "training": {

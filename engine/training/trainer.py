@@ -11,16 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from slidescale.engine.config import Config, SupervisionName
+from slidescale.engine.config import Config
 from slidescale.engine.data.bag import epoch_size
 from slidescale.engine.data.cohort import Cohort
-from slidescale.engine.data.manifest import Split
 from slidescale.engine.data.prefetch import TileReader
+from slidescale.engine.data.records import Split
 from slidescale.engine.errors import TrainingError
-from slidescale.engine.evaluation.intervals import describe, report
-from slidescale.engine.evaluation.metrics import HEADLINES
+from slidescale.engine.evaluation.intervals import describe, estimate
 from slidescale.engine.evaluation.predictions import Evaluation, evaluate
-from slidescale.engine.evaluation.report import draw_figures, draw_heatmaps, judge, write_metrics, write_predictions
+from slidescale.engine.evaluation.results import draw_figures, draw_heatmaps, write_metrics, write_predictions
 from slidescale.engine.files import save_png
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.usage import peak_gib
@@ -40,9 +39,9 @@ _NORM_NAMES = {
 }
 
 
-def best_names(supervision: SupervisionName) -> tuple[str, str]:
+def best_names(headline: str) -> tuple[str, str]:
     """What runs are compared by: the scalars of a run's best epoch, its headline metric and its loss."""
-    return f"best/val_{HEADLINES[supervision]}", "best/val_loss"
+    return f"best/val_{headline}", "best/val_loss"
 
 
 class Trainer:
@@ -192,9 +191,7 @@ class Trainer:
             if result.headline in metrics:
                 self.run_log.scalars({f"epoch/val_{result.headline}": metrics[result.headline]}, step)
             if improved:
-                best = zip(
-                    best_names(self.config.data.supervision), (metrics.get(result.headline), result.loss), strict=True
-                )
+                best = zip(best_names(result.headline), (metrics.get(result.headline), result.loss), strict=True)
                 self.run_log.scalars({name: value for name, value in best if value is not None}, step)
         log.info(
             "epoch %2d/%d  train loss %.3f  val %s%s  %5.0f tiles/s  waited %2.0f%%  peak %.1f GiB (planned %.1f)",
@@ -232,13 +229,12 @@ class Trainer:
 
     def _write_results(self, result: Evaluation, suffix: Literal["", "_test"], step: int) -> None:
         """Predictions, metrics and figures of a split, by the main rank; intervals take too long for every epoch."""
-        manifest = self.cohort.manifest
         with _unless_unwritable(path := self.folder / f"predictions{suffix}.csv"):
-            write_predictions(path, result, manifest)
+            write_predictions(path, result)
         if not result.predictions:
             return
-        judged = judge(result, manifest)
-        found, split = report(*judged), "test" if suffix else "val"
+        judged = result.judged
+        found, split = estimate(*judged), "test" if suffix else "val"
         if suffix:
             log.info("%s", describe(found))
         with _unless_unwritable(path := self.folder / f"metrics{suffix}.json"):

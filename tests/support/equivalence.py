@@ -44,7 +44,7 @@ from slidescale.engine.strategies.ddp import DdpStrategy
 from slidescale.engine.strategies.fsdp import FsdpStrategy
 from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
 from slidescale.engine.strategies.zero import ZeroStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training import step
 from slidescale.engine.training.feed import Feed, Step
 from slidescale.engine.training.step import StepResult, TrainStep

@@ -8,7 +8,7 @@ import torch
 
 from slidescale.engine.models.make import make_model
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.supervision.objective import CrossEntropy
+from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.run_folder import record_run
 from slidescale.engine.training.weights import WEIGHTS, write_weights
 

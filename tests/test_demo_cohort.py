@@ -13,7 +13,8 @@ import openslide
 import pytest
 from PIL import Image
 
-from slidescale.engine.data.synthetic import _plan_cohort, draw_slide, write_demo_cohort
+from slidescale.engine.data.demo_cohort import _plan_cohort, write_demo_cohort
+from slidescale.engine.data.demo_drawing import draw_slide
 
 SLIDES = 6
 BLANK_ABOVE = 225
@@ -75,6 +76,14 @@ def test_decoded_pixels_are_those_drawn(manifest, slide):
     # JPEG at quality 80 moves a pixel by 2 to 3 grey levels; a wrong colour space moves it by 50.
     assert np.abs(decoded - drawn).mean() < 4
     assert np.abs(decoded - drawn[:, :, ::-1]).mean() > 8, "the bound would not notice swapped channels"
+
+
+def test_the_pictures_stay_what_they_are():
+    """Recorded: published figures are of these slides. To a hundredth, since processors round exponentials apart."""
+    image = draw_slide(np.random.default_rng((3, 1)), atypical=True, foci="small")
+    assert image.shape == (1992, 1701, 3)
+    assert image.mean((0, 1)) == pytest.approx([218.597, 200.135, 208.567], abs=0.01)
+    assert image.std((0, 1)) == pytest.approx([38.241, 57.908, 42.186], abs=0.01)
 
 
 def test_glass_is_white_and_tissue_is_pink(slide):
