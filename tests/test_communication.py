@@ -22,7 +22,7 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.training import step
 
 from support.cells import BENCHMARKS, run_in_kept_worlds
-from support.equivalence import BAG_SIZES, Case, make_model, make_strategy, mesh_for, train
+from support.equivalence import BAG_SIZES, Case, make_model, make_step, mesh_for, train
 from support.worlds import World
 
 STEPS = len(BAG_SIZES)
@@ -65,7 +65,7 @@ def count(_: TileGroup, case: Case, fault: bool = False) -> Counted:
     """An epoch's; with `fault`, calls inside of a backward are not noted."""
     mesh, model = mesh_for(case), make_model(case)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    strategy = make_strategy(case, model, mesh)
+    made = make_step(case, model, mesh)
     counter = communication().Communication()
     if fault:
         note = counter._note
@@ -77,7 +77,7 @@ def count(_: TileGroup, case: Case, fault: bool = False) -> Counted:
         return communication().CountingStopwatch(device, counter)
 
     with mock.patch.object(step, "Stopwatch", watch), counter:
-        train(case, strategy, mesh)
+        train(case, made)
     seen = written() - before
     dist.barrier()
     calls = {

@@ -151,7 +151,7 @@ def test_nonsense_is_refused_by_name(section: Any, values: dict[str, Any]) -> No
             ["--model.attention-dim 384 --model.attention-branches 1 --model.attention-dropout 0.0"],
         ),
         (
-            {"transformer_heads": 4, "transformer_spread": "gathered"},
+            {"transformer_heads": 4},
             [
                 "--model.transformer-heads is 4: is for transformer layers, of which there are none",
                 "--model.transformer-spread is 'gathered': is for",

@@ -45,7 +45,7 @@ STRATEGIES = [
     "fsdp",
     "fsdp+offload",
 ]
-AGGREGATORS = ["mean", "gated_attention", "gathered+mean", "split+mean"]
+AGGREGATORS = ["mean", "gated_attention", "gathered", "transformer+mean"]
 OPTIMIZERS = ["sgd", "adamw"]
 WORLDS = [(name, ranks) for name in STRATEGIES for ranks in ([1] if name == "single" else [1, 2, 3])]
 # With every tile in one chunk there are no chunks to store some of.
@@ -100,7 +100,7 @@ def test_zero_with_small_buckets(world: GetWorld) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_other_aggregators(world: GetWorld, ranks: int) -> None:
     """Against a reducer written by hand."""
-    names = ["gated_attention", "mean", "max", "split+gated_attention"]
+    names = ["gated_attention", "mean", "max", "transformer+gated_attention"]
     check(world(ranks), [Case(strategy="mean", aggregator=name, dtype="float64", policy="auto-1") for name in names])
 
 
@@ -121,7 +121,7 @@ def test_slide_norm(world: GetWorld, ranks: int) -> None:
     """Over two tiles it divides by their difference, which amplifies rounding some 10,000 times."""
     cases = [
         Case(strategy="ddp", aggregator=name, dtype="float64", policy="auto-1")
-        for name in ("gated_attention+slide_norm", "split+mean+slide_norm")
+        for name in ("gated_attention+slide_norm", "transformer+mean+slide_norm")
     ]
     errors = world(ranks).run(compare_all, cases)
     assert max(map(max, errors)) <= 1e4 * TOLERANCE["float64"], errors
@@ -233,7 +233,7 @@ def test_several_slides_a_step(world: GetWorld, ranks: int, tile_ranks: int, acc
                 aggregator=aggregator,
             )
             for strategy, dtype in strategies
-            for policy, aggregator in (("recompute", "split+mean"), ("auto-1", "gated_attention"))
+            for policy, aggregator in (("recompute", "transformer+mean"), ("auto-1", "gated_attention"))
         ],
     )
 
@@ -297,7 +297,7 @@ def test_dropout_is_that_of_plain_autograd(world: GetWorld, ranks: int) -> None:
             policy=policy,
             chunk=chunk,
         )
-        for name in ("gated_attention", "gathered+mean", "split+mean")
+        for name in ("gated_attention", "gathered", "transformer+mean")
         for policy, chunk in (("recompute", 1), ("auto-1", 3))
     ]
     check(world(ranks), cases)
@@ -360,7 +360,7 @@ def test_gpus_equal_plain_autograd(world: GetWorld, strategy: str, ranks: int, p
         pytest.skip(f"{ranks} GPUs are needed, and there are {torch.cuda.device_count()}")
     cases = [
         Case(strategy=strategy, policy=policy, aggregator=name, kernels="triton", branches=branches)
-        for name, branches in (("gated_attention", 1), ("gated_attention", 3), ("split+mean", 1), ("gathered+mean", 1))
+        for name, branches in (("gated_attention", 1), ("gated_attention", 3), ("transformer+mean", 1), ("gathered", 1))
     ]
     if not strategy.startswith("zero"):
         cases.append(Case(strategy=strategy, policy=policy, aggregator="gated_attention", dtype="float64"))

@@ -171,7 +171,7 @@ def test_torchrun_and_a_resume_on_other_ranks(demo_manifest: Path, tmp_path: Pat
     side_by_side = [*fsdp, "--parallel.tile-ranks", "1", "--parallel.fsdp-shard", "tiles", "--run.epochs", "1"]
     first = launch(torchrun(2, demo_manifest, tmp_path, *side_by_side))
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "fsdp, 2 slides a step" in first.stderr
+    assert "fsdp, 2 slides per step" in first.stderr
     assert len(re.findall("planned peak", first.stderr)) == 1
     after = [*fsdp, "--optim.accumulate", "2", "--run.epochs", "2", "--resume"]
     second = launch(torchrun(1, demo_manifest, tmp_path, *after))
@@ -185,7 +185,7 @@ def test_torchrun_and_a_resume_on_other_ranks(demo_manifest: Path, tmp_path: Pat
     # The same schedule only as far as that of the first run went, one epoch.
     assert found[:steps] == pytest.approx(losses(tmp_path / "single"), rel=1e-5)
     other = launch(command(demo_manifest, tmp_path, *single, "--resume", ranks=None))
-    assert "the run was begun with 2 slides a step, and this is 1" in other.stderr
+    assert "the run was begun with 2 slides per step, and this is 1" in other.stderr
 
 
 def test_policies_give_the_same_run(demo_manifest: Path, tmp_path: Path) -> None:

@@ -82,14 +82,15 @@ def write_best(group: TileGroup, case: Case, folder: Path) -> None:
     """Train an epoch and mark it best, train another, and compare the file with both, and with the checkpoint."""
     mesh, model = mesh_for(case), equivalence.make_model(case)
     plain_names = set(model.state_dict())
-    strategy = equivalence.make_strategy(case, model, mesh)
+    step = equivalence.make_step(case, model, mesh)
+    strategy = step.strategy
     checkpoints = Checkpoints(folder / "checkpoints", mesh.world)
-    equivalence.train(case, strategy, mesh)
+    equivalence.train(case, step)
     checkpoints.save(strategy, progress(1))
     checkpoints.mark_best(strategy, progress(1))
     best = state_of(model)
     assert set(best) == plain_names
-    equivalence.train(case, strategy, mesh)
+    equivalence.train(case, step)
     checkpoints.save(strategy, progress(2))
     later = state_of(model)
     checkpoints.load(strategy, "best")

@@ -14,9 +14,10 @@ from torch import nn
 
 from slidescale.engine.commands.requests import ExportRequest
 from slidescale.engine.commands.trained import TrainedRun, load_run
-from slidescale.engine.errors import UserError
+from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import check_output, replacing, write_json
 from slidescale.engine.models.backbone import timm_recipe
+from slidescale.engine.models.custom import is_custom
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.training.weights import WEIGHTS
@@ -31,6 +32,11 @@ def export_encoder(request: ExportRequest) -> None:
         UserError: the run cannot be used, or the files cannot be written.
     """
     run = load_run(request.run, torch.device("cpu"), encoder_weights=request.weights)
+    if is_custom(run.config.model.encoder):
+        raise ConfigError(
+            f"{request.run}: its encoder, {run.config.model.encoder}, is not one that timm can build; its weights are "
+            f"in {run.folder / WEIGHTS}, under names that begin with encoder.backbone."
+        )
     backbone = run.model.encoder.backbone
     merge_adapters(backbone)
     about = describe(run, request.out.name)

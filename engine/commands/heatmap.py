@@ -2,7 +2,7 @@
 
 import logging
 
-from slidescale.engine.commands.predict import Failure, start_predictor
+from slidescale.engine.commands.predict import Failure, attention_of, start_predictor
 from slidescale.engine.commands.requests import HeatmapRequest
 from slidescale.engine.data.manifest import NamedFile
 from slidescale.engine.errors import SlideError, UserError
@@ -29,7 +29,7 @@ def draw_heatmap(request: HeatmapRequest) -> None:
                     answer.file.slide_id,
                     slide,
                     answer.tiling,
-                    answer.weights,
+                    attention_of(answer, predictor.run),
                     model=predictor.run.title,
                     says=predictor.says(answer),
                     max_px=request.max_px,

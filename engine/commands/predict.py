@@ -1,7 +1,6 @@
 """`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from slidescale.engine.evaluation.results import draw_figures, write_metrics
 from slidescale.engine.files import check_output, write_csv
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.planner import CHUNK_CAP
-from slidescale.engine.parallel.mesh import Mesh, check_launcher, make_mesh, pick_device, start_world
+from slidescale.engine.parallel.mesh import Mesh, check_launcher, join, pick_device
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.process import stopping
 from slidescale.engine.supervision.make import supervision_of
@@ -39,12 +38,26 @@ log = logging.getLogger(__name__)
 
 
 class SlidePrediction(NamedTuple):
-    """What `Objective.predict` says `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1."""
+    """The result of `Objective.predict` `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1.
+
+    The weights are None where the run's aggregator gives none.
+    """
 
     file: NamedFile
     tiling: Tiling
     output: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray | None
+
+
+def attention_of(answer: SlidePrediction, run: TrainedRun) -> np.ndarray:
+    """The weights of a slide's tiles, for a picture.
+
+    Raises:
+        SlideError: the run's aggregator gives none.
+    """
+    if answer.weights is None:
+        raise SlideError(f"{run.folder}: its aggregator, {run.config.model.aggregator}, gives tiles no weights to draw")
+    return answer.weights
 
 
 class Failure(NamedTuple):
@@ -126,15 +139,12 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
     """Load a run on this process's device, and meet the other ranks if a launcher has started some.
 
     Raises:
-        UserError: see `load_run`, `check_launcher` and `start_world`.
+        UserError: see `load_run` and `join`.
     """
     check_launcher()
-    device = pick_device(max(0, int(os.environ.get("LOCAL_RANK", 0))))
+    device = pick_device()
     run = load_run(folder, device, settings.precision, settings.weights)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Predictor(run, settings, Mesh(), device)
-    start_world(device)
-    return Predictor(run, settings, make_mesh(device, "all"), device)
+    return Predictor(run, settings, join(device=device), device)
 
 
 def predict_slides(request: PredictRequest) -> None:
@@ -193,8 +203,8 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
             continue
         name = answer.file.slide_id
         shown = kind.output_cells(run.classes, answer.output)
-        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.weights)), answer.output
-        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.weights))
+        rows[name], outputs[name] = (name, answer.file.path, *shown, len(answer.tiling.coords)), answer.output
+        log.info("%s: %s (%d tiles)", name, ", ".join(shown), len(answer.tiling.coords))
         _write(request.out, write_table, world)  # after each slide, so that nothing that follows can lose it
         if request.heatmaps is not None and world.rank == 0:
             try:
@@ -204,7 +214,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
                         name,
                         slide,
                         answer.tiling,
-                        answer.weights,
+                        attention_of(answer, predictor.run),
                         model=run.title,
                         says=predictor.says(answer),
                     )

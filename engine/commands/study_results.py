@@ -16,10 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from slidescale.engine.commands.study import StudyConfig
 from slidescale.engine.commands.study_picture import Point, draw_against_k
 from slidescale.engine.commands.study_runs import Outcome, arms_of, run_study
-from slidescale.engine.config import Config
 from slidescale.engine.files import replacing, save_png, write_text
-from slidescale.engine.parallel.mesh import make_mesh, pick_device, start_world
-from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.parallel.mesh import join
 from slidescale.engine.process.stopping import keep_advice
 from slidescale.engine.run import run
 from slidescale.engine.supervision.make import headline_title, supervision_of
@@ -38,7 +36,7 @@ def conduct(study: StudyConfig, argv: Sequence[str], about: str) -> None:
     keep_advice("what is finished is not run again: give the same command to go on")
     folder = study.config.run.out / study.config.run.name
     begin = time.perf_counter()
-    world = _start_world(study.config)
+    world = join().world
     outcomes = run_study(arms_of(study), study.seeds, folder, run, world)
     if world.rank == 0:
         metric = supervision_of(study.config.data.supervision).headline
@@ -120,15 +118,6 @@ def show(outcomes: Sequence[Outcome], metric: str, folder: Path) -> np.ndarray:
             if defined := [each.metric for each in mine if each.metric is not None]:
                 board.add_scalar(f"k_study/val_{metric}/{kind}", statistics.median(defined), at)
     return picture
-
-
-def _start_world(config: Config) -> RankGroup:
-    """All ranks that a launcher has started, or this process alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return RankGroup()
-    device = pick_device(int(os.environ.get("LOCAL_RANK", max(0, config.local_rank))))
-    start_world(device)
-    return make_mesh(device, "all").world
 
 
 def _median_and_range(values: Sequence[float]) -> str:

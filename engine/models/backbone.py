@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slidescale.engine.errors import ConfigError, first_line
+from slidescale.engine.models.custom import is_custom, make_custom
 from slidescale.engine.models.foundation import FOUNDATION_MODELS, create_foundation_model, find_foundation_model
 from slidescale.engine.models.packaged import ARCHITECTURE, PACKAGED_ENCODER, packaged_weights
 from slidescale.engine.models.trial import refusal
@@ -27,6 +28,8 @@ def create_backbone(name: str, tile_px: int, *, pretrained: bool, weights: Path 
     Raises:
         ConfigError: there is no such model, it is not made for such tiles, or its weights are not there or do not fit.
     """
+    if is_custom(name):
+        return _create_custom(name, pretrained=pretrained, weights=weights, drop_path=drop_path)
     if pretrained and weights:
         raise ConfigError(f"model.pretrained and model.weights={weights} both name weights: choose one")
     if weights and not weights.is_file():
@@ -67,6 +70,26 @@ def create_backbone(name: str, tile_px: int, *, pretrained: bool, weights: Path 
         classifier = ("classifier.weight", "classifier.bias")
         state = packaged_weights()
         backbone.load_state_dict({key: state[key] for key in state if key not in classifier})
+    return backbone
+
+
+def _create_custom(name: str, *, pretrained: bool, weights: Path | None, drop_path: float) -> nn.Module:
+    """Make an encoder of the user's own."""
+    if pretrained:
+        raise ConfigError(
+            f"--model.pretrained: nothing is published for {name}; add --model.no-pretrained, and --model.weights FILE "
+            "where it has weights"
+        )
+    if drop_path:
+        raise ConfigError(f"--model.drop-path is {drop_path}: set stochastic depth in {name} itself, and this to 0")
+    backbone = make_custom("--model.encoder", name)
+    if weights:
+        if not weights.is_file():
+            raise ConfigError(f"model.weights: no file {weights}")
+        try:
+            backbone.load_state_dict(read_weight_file(weights, backbone.state_dict().keys()))
+        except RuntimeError as error:
+            raise ConfigError(f"model.encoder {name}: model.weights {weights} does not fit: {error}") from error
     return backbone
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.backbone import create_backbone, no_drop_path
+from slidescale.engine.models.custom import is_custom
 from slidescale.engine.models.dropout import KeyedDropout, key_dropouts
 from slidescale.engine.models.foundation import class_and_patch_tokens, find_foundation_model
 from slidescale.engine.models.lora import add_adapters
@@ -67,7 +68,8 @@ class Encoder(nn.Module):
         self.name = known[0] if known else name
         backbone = create_backbone(name, tile_px, pretrained=pretrained, weights=weights, drop_path=drop_path)
         self.backbone: nn.Module = backbone
-        turn_off_dropout(backbone, keep_paths=drop_path > 0)
+        if not is_custom(name):
+            turn_off_dropout(backbone, keep_paths=drop_path > 0)
         self.prefix_tokens: int | None = backbone.num_prefix_tokens if known and known[1].concatenates else None
         self.dim: int = try_network(backbone, name, tile_px, self._pool)
         data_config = timm.data.resolve_model_data_config(self.backbone)

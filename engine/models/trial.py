@@ -146,6 +146,8 @@ class _Trial:
         for name, module in list(network.named_modules()):
             if isinstance(module, _BatchNorm):
                 module.eval()
+            elif type(module) is nn.Dropout:
+                module.p = 0.0  # will be a tile's own (see `models/dropout.py`)
             elif isinstance(module, DropPath) and module.drop_prob:
                 network.set_submodule(name, _Watched(self.paths.setdefault(name, []), module.drop_prob))
             elif isinstance(module, nn.Conv2d) and module.in_channels == 3:

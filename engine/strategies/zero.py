@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: the only file that imports DeepSpeed.
 
-What its engine does under many backwards a step was measured, not assumed, and `tests/test_equivalence.py` pins it:
+What its engine does under many backwards per step was measured, not assumed, and `tests/test_equivalence.py` pins it:
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
@@ -168,7 +168,7 @@ class ZeroStrategy(Strategy):
         return GradientNorms(total, self._norms_by_half())
 
     def _norms_by_half(self) -> dict[str, float]:
-        """From the norms that DeepSpeed took of its groups.
+        """Norms of the two halves, from those that DeepSpeed took of its groups.
 
         Stages 1 and 2 have the optimizer's groups, in their order; stage 3 cuts these into sub-groups of bounded size.
         """
@@ -250,7 +250,7 @@ class _Files(TorchCheckpointEngine):
 
 
 def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
-    """Whose parameters these are, "aggregator" or "encoder"."""
+    """The half of the model that has these parameters, "aggregator" or "encoder"."""
     aggregators = {id(parameter) for parameter in model.aggregator.parameters()}
     halves = {"aggregator" if id(parameter) in aggregators else "encoder" for parameter in parameters}
     assert len(halves) == 1, "a group has parameters of one half of the model"

@@ -21,7 +21,7 @@ MAY_CHANGE |= {"run.keep_checkpoints"}
 MAY_CHANGE |= {"run.kernels"}  # whose kinds are equal
 # Of optim.accumulate and parallel.tile_ranks, the checkpoint knows what matters: the slides of a step.
 MAY_CHANGE |= {f"memory.{field.name}" for field in fields(MemoryConfig)}
-MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)} | {"model.transformer_spread"}
+MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)}
 
 
 def open_run_folder(out: Path, name: str) -> Path:
