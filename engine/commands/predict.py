@@ -1,4 +1,4 @@
-"""`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
+"""`slidescale predict`: predictions of a trained run for slides, from all their tissue tiles, with or without labels."""
 
 import logging
 from collections import Counter
@@ -50,7 +50,7 @@ class SlidePrediction(NamedTuple):
 
 
 def attention_of(answer: SlidePrediction, run: TrainedRun) -> np.ndarray:
-    """The weights of a slide's tiles, for a picture.
+    """The weights of the tiles of a slide, for a picture.
 
     Raises:
         SlideError: the run's aggregator gives none.
@@ -71,8 +71,8 @@ class Predictor:
     """A trained run, and the ranks that share its work, each with the whole model.
 
     Args:
-        mesh: of one tile group.
-        device: of this rank, where the model is.
+        mesh: one group of ranks, which share the tiles of each slide.
+        device: where this rank computes, and the model is.
     """
 
     def __init__(self, run: TrainedRun, settings: ComputeSettings, mesh: Mesh, device: torch.device) -> None:
@@ -90,7 +90,7 @@ class Predictor:
         )
 
     def predict(self, files: Sequence[NamedFile]) -> Iterator[SlidePrediction | Failure]:
-        """Each slide's prediction, or why there is none, alike on every rank, which takes them all."""
+        """Predict each slide, or give the reason why not, alike on every rank; every rank must take all of them."""
         tilings: dict[str, Tiling] = {}
         for file, found in zip(files, self._tile(files), strict=True):
             if isinstance(found, Tiling):
@@ -117,15 +117,15 @@ class Predictor:
             reader.close()
 
     def says(self, answer: SlidePrediction) -> str:
-        """What is predicted of a slide, in words."""
+        """The prediction of a slide in words."""
         return supervision_of(self.run.config.data.supervision).output_words(self.run.classes, answer.output)
 
     def open(self, file: NamedFile) -> Slide:
-        """Open a slide as its tiles are read."""
+        """Open a slide as it is opened for its tiles."""
         return open_slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
-        """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
+        """Find the tiles of every slide, or the reason why not; each rank finds those of its share of the slides."""
         world = self.mesh.world
         meter = Meter("finding tissue", len(files), "slide", main=world.rank == 0)
         with ThreadPoolExecutor(self._readers) as pool:
@@ -136,7 +136,7 @@ class Predictor:
 
 
 def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
-    """Load a run on this process's device, and meet the other ranks if a launcher has started some.
+    """Load a run on the device of this process, and meet the other ranks if a launcher has started some.
 
     Raises:
         UserError: see `load_run` and `join`.
@@ -148,7 +148,7 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
 
 
 def predict_slides(request: PredictRequest) -> None:
-    """Predict slides and write a table, and metrics and figures where the manifest has labels; the main rank writes.
+    """Predict slides and write a table, plus metrics and figures if the manifest has labels; the main rank writes.
 
     Raises:
         UserError: the run, the list of slides or the place to write to cannot be used, or some slides could not be
@@ -158,7 +158,7 @@ def predict_slides(request: PredictRequest) -> None:
 
 
 def predict_with(predictor: Predictor, request: PredictRequest) -> None:
-    """As `predict_slides`, with a run that is loaded; every rank calls it.
+    """Predict slides like `predict_slides`, with a run that is loaded already; every rank calls it.
 
     Raises:
         UserError: as there.
@@ -178,12 +178,12 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     seen = labels.seen if isinstance(labels, Labels) else 0
     if own := world.ask_main(lambda: known_splits(run.folder, files)):
         log.warning(
-            "of these slides, %s of this run itself: what it says of them is no evidence for others",
+            "of these slides, %s of this run itself: its predictions for them are no evidence for other slides",
             " and ".join(f"{count} are in split {split}" for split, count in sorted(own.items())),
         )
         seen = max(seen, own["train"] + own["val"])
     elif seen:
-        log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
+        log.warning("%d slides are in split train or val of %s: their metrics are optimistic", seen, request.manifest)
     header = ("slide_id", "path", *kind.output_columns(run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
     outputs: dict[str, np.ndarray] = {}
@@ -193,7 +193,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
     _write(request.out, partial(_check_places, request, files), world)
-    _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
+    _write(request.out, write_table, world)  # now, so that nothing is computed for a table that cannot be written
     stopping.note(f"before the first of {len(files)} slides", "give the same command again")
     for number, answer in enumerate(predictor.predict(files), start=1):
         stopping.note(f"after {number} of {len(files)} slides", f"{request.out} has those that were predicted")
@@ -239,7 +239,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
 
 
 def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
-    """Let the main rank write, and every rank hear when it cannot.
+    """Let the main rank write; if it cannot, every rank raises.
 
     Raises:
         UserError: it cannot.
@@ -259,7 +259,7 @@ def _metrics_of(out: Path) -> Path:
 
 
 def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
-    """Refuse to write over inputs, and over what is somebody else's.
+    """Refuse to write over inputs, and over files that this command has not written.
 
     Raises:
         OSError: says what is there.
@@ -273,7 +273,7 @@ def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
 
 
 def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
-    """Metrics and figures beside the table."""
+    """Write metrics and figures beside the table."""
     path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
     found = estimate(*judged)
     write_metrics(path, found, "external", seen=seen)
@@ -284,7 +284,7 @@ def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
 
 
 def name_files(paths: Sequence[Path]) -> list[NamedFile]:
-    """Slides called as their files are, without the ending.
+    """Name slides after their files, without the ending.
 
     Raises:
         ConfigError: two have one name.
