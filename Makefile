@@ -17,6 +17,7 @@
 PYTHON ?= python3
 RANKS ?=
 ARGS ?=
+WORKERS ?= 2
 
 VENV := $(CURDIR)/.venv
 # DeepSpeed compiles small operators on first use, and finds ninja on the path.
@@ -36,11 +37,14 @@ egfr: $(VENV)/ready
 k-study: $(VENV)/ready-to-study
 	$(RUN) python recipes/k_study.py --page docs/k_study.md $(ARGS)
 
+# Two workers, which share the tests file by file; those in worlds of ranks stay together.
+TEST := $(RUN) python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/ready-to-test
-	$(RUN) python -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-full: $(VENV)/ready-to-test
-	$(RUN) python -m pytest -m "not gpu" $(ARGS)
+	$(TEST) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/ready-to-test
 	$(RUN) ruff check .

@@ -18,7 +18,7 @@ from slidescale.engine.units import parse_size
 ATTENTION_PX = 2048
 
 # The words that a setting takes.
-SupervisionName = Literal["classes", "multi_label", "regression", "survival"]
+SupervisionName = Literal["classes", "ordinal", "multi_label", "regression", "survival"]
 FocusSize = Literal["large", "small"]
 PoolingName = Literal["gated_attention", "mean", "max"]
 PolicyName = Literal["auto", "keep", "recompute", "offload"]
@@ -34,9 +34,9 @@ class DataConfig:
     """CSV with one row per slide: slide_id, case_id, path, label, split (train, val or test). Paths are relative to the
     CSV's folder. Without a manifest the recipe draws its demo cohort and trains on that."""
     supervision: SupervisionName = "classes"
-    """What slides are labelled with. classes: one of two or more classes; multi_label: several labels, each 0, 1 or
-    missing; regression: a number; survival: a time, and whether the event was observed then or the patient was last
-    seen without it."""
+    """What slides are labelled with. classes: one of two or more classes; ordinal: one of several grades in an order;
+    multi_label: several labels, each 0, 1 or missing; regression: a number; survival: a time, and whether the event was
+    observed then or the patient was last seen without it."""
     slide_column: str = "slide_id"
     """Manifest column with a unique name for each slide."""
     case_column: str = "case_id"
@@ -44,7 +44,7 @@ class DataConfig:
     path_column: str = "path"
     """Manifest column with the slide file."""
     label_column: str = "label"
-    """Manifest column with the class, the number (regression) or the time (survival)."""
+    """Manifest column with the class or grade, the number (regression) or the time (survival)."""
     label_columns: tuple[str, ...] = ()
     """Manifest columns with 0 or 1, empty or NA where a label is missing (multi_label only)."""
     event_column: str = "event"
@@ -56,11 +56,11 @@ class DataConfig:
     """Manifest column with the level-0 resolution of a slide, in µm per pixel, where its file states a wrong one or
     none. Where the cell is empty or there is no such column, the file's own resolution counts."""
     classes: tuple[str, ...] = ()
-    """Labels in the order of the logits, negative class first (classes only). Empty: the labels of the train split,
-    sorted."""
+    """Labels in the order of the logits, negative class or lowest grade first (classes and ordinal only). Empty: the
+    labels of the train split, sorted (grades as numbers)."""
     label_map: dict[str, str] = field(default_factory=dict)
-    """Labels to rename before they are read, each followed by its new name (classes only), such as --data.label-map itc
-    tumor micro tumor."""
+    """Labels to rename before they are read, each followed by its new name (classes and ordinal only), such as
+    --data.label-map itc tumor micro tumor."""
     survival_bins: int = 4
     """Bins of time for which the model predicts the event, cut so that each has about equally many events of the train
     split (survival only)."""

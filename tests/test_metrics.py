@@ -161,6 +161,24 @@ def test_regression_is_scikit_learns() -> None:
     }
 
 
+@pytest.mark.parametrize(("slides", "grades"), [(11, 2), (53, 3), (129, 6)])
+def test_grades_are_scikit_learns(slides: int, grades: int) -> None:
+    targets, outputs = classified(slides, grades)
+    outputs = (20 * outputs + np.eye(grades)[0]) / 21  # no sum of these is exactly half
+    labels, names = targets[:, 0].astype(int), [str(grade) for grade in range(grades)]
+    median = [next(k for k in range(grades) if row[: k + 1].sum() > 0.5) for row in outputs]
+    values = measure("ordinal", targets, outputs, names)
+    assert values["quadratic_kappa"] == CLOSE(reference.cohen_kappa_score(labels, median, weights="quadratic"))
+    assert values["quadratic_kappa"] != CLOSE(reference.cohen_kappa_score(labels, median, weights="linear")) or (
+        grades == 2
+    )
+    assert values["mae"] == CLOSE(reference.mean_absolute_error(labels, median))
+    assert values["accuracy"] == CLOSE(reference.accuracy_score(labels, median))
+    recall, support = reference.precision_recall_fscore_support(labels, median, zero_division=np.nan)[1::2]
+    assert [values[f"class/{name}/recall"] for name in names] == CLOSE(list(recall))
+    assert [values[f"class/{name}/support"] for name in names] == list(support)
+
+
 @pytest.mark.parametrize("slides", [13, 41, 131])
 def test_concordance_by_its_definition(slides: int) -> None:
     targets, risks = surviving(slides)
@@ -186,7 +204,7 @@ def test_which_pairs_compare(first: tuple, second: tuple, expected: float | None
 
 
 def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    if kind == "classes":
+    if kind in ("classes", "ordinal"):
         return *classified(slides, 3), ["a", "b", "c"]
     if kind == "multi_label":
         labels, outputs = classified(slides, 3)
@@ -197,7 +215,7 @@ def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, 
     return (targets, risks, ["risk"]) if kind == "survival" else (targets[:, :1], risks, ["value"])
 
 
-KINDS: list[SupervisionName] = ["classes", "multi_label", "regression", "survival"]
+KINDS: list[SupervisionName] = ["classes", "ordinal", "multi_label", "regression", "survival"]
 
 
 def interval_by_hand(
@@ -206,7 +224,7 @@ def interval_by_hand(
     """Logit intervals where a metric has two ends, percentiles elsewhere."""
     if metric in ("r2", "mae", "rmse"):
         return tuple(np.percentile(resamples, (2.5, 97.5)))
-    least, most = {"pearson": (-1, 1), "brier": brier}.get(metric, (0, 1))
+    least, most = {"pearson": (-1, 1), "quadratic_kappa": (-1, 1), "brier": brier}.get(metric, (0, 1))
 
     margin = patients**-2
     if metric.rpartition("/")[2] in ("accuracy", "balanced_accuracy", "recall", "specificity", "precision", "f1"):
@@ -388,6 +406,8 @@ def test_patients_whose_slides_differ_are_not_measured() -> None:
 
 
 def test_what_is_undefined_is_none() -> None:
+    same = measure("ordinal", np.ones((3, 1)), np.array([[0.1, 0.9]] * 3), ["1", "2"])
+    assert (same["quadratic_kappa"], same["mae"], same["class/1/recall"]) == (None, 0, None)
     two = np.array([[0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
     values = measure("classes", np.ones((3, 1)), two, ["a", "b"])
     assert [values[metric] for metric in ("auroc", "auprc", "balanced_accuracy", "class/a/recall")] == [None] * 4

@@ -19,7 +19,7 @@ from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.history import add_epoch, read_history
 from slidescale.engine.training.run_folder import open_run_folder, record_run
 
-from conftest import read_csv
+from support.tables import read_csv
 
 BASE = Config(run=RunConfig(name="base", epochs=3), data=DataConfig(k=8))
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective
 from slidescale.engine.supervision.multi_label import BinaryCrossEntropy
 from slidescale.engine.supervision.objective import Objective
+from slidescale.engine.supervision.ordinal import CumulativeLogits
 from slidescale.engine.supervision.regression import SquaredError
 from slidescale.engine.supervision.survival import HazardLikelihood, survival_edges
 
-from conftest import edit_manifest, read_csv
-from test_training import make_config
+from support.runs import make_config
+from support.tables import edit_manifest, read_csv
 
 NAN = math.nan
 LOGITS = [0.3, -1.2, 2.1, 0.7, -0.4]
@@ -40,6 +42,20 @@ def sigmoid(z: float) -> float:
 def cross_entropy(z: list[float], target: tuple[float, ...]) -> float:
     weights = [1.0, 2.0, 0.5, 1.0, 3.0]
     return -weights[int(target[0])] * math.log(math.exp(z[int(target[0])]) / sum(map(math.exp, z)))
+
+
+GRADE_WEIGHTS = [1.0, 2.0, 0.5, 1.0, 3.0, 4.0]
+
+
+def grade_probabilities(z: list[float]) -> list[float]:
+    """Differences of the cumulative ones, whose logits fall by softplus of each further logit."""
+    logits = [z[0] - sum(math.log1p(math.exp(each)) for each in z[1 : k + 1]) for k in range(len(z))]
+    above = [1.0, *map(sigmoid, logits), 0.0]
+    return [before - after for before, after in pairwise(above)]
+
+
+def ordinal(z: list[float], target: tuple[float, ...]) -> float:
+    return -GRADE_WEIGHTS[int(target[0])] * math.log(grade_probabilities(z)[int(target[0])])
 
 
 def multi_label(z: list[float], target: tuple[float, ...]) -> float:
@@ -75,6 +91,11 @@ FORMULAS: dict[str, tuple[Callable[[], Objective], Formula, list[tuple[float, ..
         lambda: CrossEntropy([1.0, 2.0, 0.5, 1.0, 3.0], 5),
         cross_entropy,
         [(float(index),) for index in range(5)],
+    ),
+    "ordinal": (
+        lambda: CumulativeLogits(GRADE_WEIGHTS, 6),
+        ordinal,
+        [(float(index),) for index in range(6)],
     ),
     "multi_label": (
         lambda: BinaryCrossEntropy([1.0, 2.0, 0.5, 1.0, 4.0], 5),
@@ -171,6 +192,20 @@ def test_what_logits_mean() -> None:
     assert risk.tolist() == [pytest.approx(-alive.sum())]
     sooner = logits + torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64)
     assert HazardLikelihood(EDGES).predict(sooner).item() > risk.item(), "an earlier event is a larger risk"
+
+
+@pytest.mark.parametrize("grades", [2, 3, 6])
+def test_probabilities_of_grades_are_consistent(grades: int) -> None:
+    """Whatever the logits, P(y > k) does not rise with k, and the grades' probabilities sum to 1."""
+    objective = CumulativeLogits((), grades)
+    assert objective.outputs == grades - 1
+    for logits in 8 * torch.randn(200, grades - 1, generator=torch.Generator().manual_seed(0)):
+        probabilities = objective.predict(logits)
+        assert (probabilities >= 0).all()
+        assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    z = LOGITS[: grades - 1]
+    found = objective.predict(torch.tensor(z, dtype=torch.float64))
+    assert found.tolist() == pytest.approx(grade_probabilities(z))
 
 
 def test_a_number_far_from_zero_keeps_its_digits() -> None:
@@ -349,6 +384,28 @@ def test_manifest_of_survival(tmp_path: Path) -> None:
         read_manifest(path, replace(config, event_column="event"))
 
 
+GRADES = DataConfig(supervision="ordinal")
+
+
+def test_manifest_of_grades(tmp_path: Path) -> None:
+    path = write(tmp_path, "label", "10,train", "2,train", "1.5,train", "2,val")
+    manifest = read_manifest(path, GRADES)
+    assert manifest.classes == ("1.5", "2", "10"), "as numbers"
+    assert [row.target for row in manifest.rows] == [(2.0,), (1.0,), (0.0,), (1.0,)]
+    words = write(tmp_path, "label", "low,train", "high,train", "none,train")
+    assert problems(words, GRADES) == [
+        "labels have no order, for 'high', 'low' is no number; give them from low to high: --data.classes",
+        "row 4: label is missing: 'none'",
+    ]
+    manifest = read_manifest(words, replace(GRADES, classes=("none", "low", "high")))
+    assert [row.target for row in manifest.rows] == [(1.0,), (2.0,), (0.0,)]
+    twice = write(tmp_path, "label", "1,train", "1.0,train", "2,train")
+    assert problems(twice, GRADES) == [
+        "labels '1', '1.0' are spellings of the same number; rename them: --data.label-map"
+    ]
+    assert read_manifest(twice, replace(GRADES, label_map={"1.0": "1"})).classes == ("1", "2")
+
+
 def test_labels_are_renamed(tmp_path: Path) -> None:
     path = write(tmp_path, "label", "negative,train", "itc,train", "macro,val")
     config = DataConfig(classes=("negative", "tumor"), label_map={"itc": "tumor", "macro": "tumor", "micro": "tumor"})
@@ -393,6 +450,7 @@ def put_targets(manifest: Path) -> None:
     def change(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         for index, row in enumerate(rows):
             mutant = row["label"] == "mutant"
+            row["grade"] = str(1 + 2 * mutant + index % 3)
             row["ER"] = "" if index % 5 == 0 else str(int(mutant))
             row["PR"] = str(index % 2)
             row["age"] = str(1000 + 10 * mutant + index % 4)
@@ -405,6 +463,7 @@ def put_targets(manifest: Path) -> None:
 def config_of(kind: str, manifest: Path, out: Path, **changes: Any) -> Config:
     config = make_config(manifest, out, **({"epochs": 1, "heatmaps": 1} | changes))
     settings: dict[str, Any] = {
+        "ordinal": {"label_column": "grade"},
         "multi_label": {"label_columns": ("ER", "PR")},
         "regression": {"label_column": "age"},
         "survival": {"label_column": "months", "event_column": "dead", "survival_bins": 2},
@@ -415,6 +474,7 @@ def config_of(kind: str, manifest: Path, out: Path, **changes: Any) -> Config:
 @pytest.mark.parametrize(
     ("kind", "targets", "outputs", "headline"),
     [
+        ("ordinal", ["label"], [f"probability_{grade}" for grade in range(1, 6)], "quadratic_kappa"),
         ("multi_label", ["label_ER", "label_PR"], ["probability_ER", "probability_PR"], "auroc"),
         ("regression", ["target"], ["prediction"], "r2"),
         ("survival", ["time", "event"], ["risk"], "concordance"),
@@ -430,7 +490,7 @@ def test_runs(
     rows = read_csv(folder / "predictions.csv")
     val = [row for row in read_csv(cohort_copy) if row["split"] == "val"]
     assert [row["slide_id"] for row in rows] == [row["slide_id"] for row in val]
-    columns = {"label_ER": "ER", "label_PR": "PR", "target": "age", "time": "months", "event": "dead"}
+    columns = {"label_ER": "ER", "label_PR": "PR", "label": "grade", "target": "age", "time": "months", "event": "dead"}
     for row, manifest_row in zip(rows, val, strict=True):
         assert [row[name] and float(row[name]) for name in targets] == [
             manifest_row[columns[name]] and float(manifest_row[columns[name]]) for name in targets
@@ -451,7 +511,9 @@ def test_runs(
     predict_slides(PredictRequest(run=folder, manifest=cohort_copy, out=tmp_path / "p.csv"))
     again = json.loads((tmp_path / "p_metrics.json").read_text())
     assert again["headline"]["value"] == pytest.approx(metrics["headline"]["value"], abs=1e-4)
-    assert [path.stem for path in (folder / "heatmaps").glob("*.png")] == [val[0]["slide_id"]]
+    first = min(val, key=lambda row: row["grade"]) if kind == "ordinal" else val[0]
+    stem = f"{first['slide_id']}_{first['grade']}" if kind == "ordinal" else first["slide_id"]
+    assert [path.stem for path in (folder / "heatmaps").glob("*.png")] == [stem]
 
 
 def test_a_resumed_run_keeps_its_scale_and_its_classes(cohort_copy: Path, tmp_path: Path) -> None:
@@ -477,7 +539,7 @@ def test_a_resumed_run_keeps_its_scale_and_its_classes(cohort_copy: Path, tmp_pa
 def test_what_a_supervision_cannot_have(cohort_copy: Path, tmp_path: Path) -> None:
     put_targets(cohort_copy)
     weights = OptimConfig(class_weights=(1.0, 2.0))
-    with pytest.raises(ConfigError, match="class-weights .*classes and multi_label, and that is survival"):
+    with pytest.raises(ConfigError, match="class-weights .*classes, ordinal and multi_label, and that is survival"):
         main.run(config_of("survival", cohort_copy, tmp_path, optim=weights))
     with pytest.raises(ConfigError, match="censored-alpha is 0.4: is for --data.supervision survival"):
         main.run(config_of("multi_label", cohort_copy, tmp_path, optim=OptimConfig(censored_alpha=0.4)))

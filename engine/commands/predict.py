@@ -1,4 +1,4 @@
-"""`slidescale predict`: predictions of a trained run for slides, from all their tissue tiles, with or without labels."""
+"""`slidescale predict`: predictions of a trained run, from all tissue tiles of each slide."""
 
 import logging
 from collections import Counter

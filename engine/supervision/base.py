@@ -160,6 +160,14 @@ class Supervision(ABC):
         """The class that auroc and auprc are of, where there is one."""
         return None
 
+    def guess(self, outputs: np.ndarray) -> np.ndarray:
+        """Index of the class that probabilities `[n, O]` amount to `[n]`; of kinds with one class per slide.
+
+        Raises:
+            NotImplementedError: slides have no class.
+        """
+        raise NotImplementedError(f"slides of {self.name} have no class")
+
     def questions(self, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]) -> list[Question]:
         """The yes-or-no questions that ROC and precision-recall curves show; those with slides of both answers."""
         return []

@@ -9,6 +9,7 @@ from slidescale.engine.supervision.base import Supervision, Target
 from slidescale.engine.supervision.classes import Classes
 from slidescale.engine.supervision.multi_label import MultiLabel
 from slidescale.engine.supervision.objective import Objective
+from slidescale.engine.supervision.ordinal import Ordinal
 from slidescale.engine.supervision.regression import Regression
 from slidescale.engine.supervision.survival import Survival
 
@@ -16,6 +17,7 @@ KINDS: dict[str, Supervision] = {
     kind.name: kind
     for kind in (
         Classes(),
+        Ordinal(),
         MultiLabel(),
         Regression(),
         Survival(),
@@ -69,8 +71,10 @@ def check_settings(data: DataConfig, optim: OptimConfig | None = None) -> None:
         group, _, name = setting.partition(".")
         value = getattr(groups[group], name)
         if own.name not in kinds and value != getattr(type(groups[group])(), name):
+            *others, last = kinds
+            readable = f"{', '.join(others)} and {last}" if others else last
             raise ConfigError(
-                f"{flag(setting)} is {value!r}: is for --data.supervision {' and '.join(kinds)}, and that is {own.name}"
+                f"{flag(setting)} is {value!r}: is for --data.supervision {readable}, and that is {own.name}"
             )
     for name in own.column_settings:
         if not getattr(data, name):

@@ -8,6 +8,7 @@ import torch
 
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, flag
+from slidescale.engine.memory.policies import POLICIES
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
 from slidescale.engine.parallel.mesh import Mesh, join, pick_device
 from slidescale.engine.strategies.ds_config import complete_ds_config, read_ds_config, uses_bf16
@@ -70,7 +71,7 @@ def choose_allocation(config: Config, device: torch.device) -> None:
     """Before the model is built, what a CPU's memory does when it is freed."""
     if device.type == "cpu":
         # What is resident keeps to a budget, or else what was used once is used again, which is faster.
-        has_limit = config.memory.budget != "auto" or config.memory.policy == "offload"
+        has_limit = config.memory.budget != "auto" or POLICIES[config.memory.policy].away
         (return_freed_memory if has_limit else keep_freed_memory)()
 
 
