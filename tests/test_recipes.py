@@ -143,7 +143,7 @@ def test_presets_are_chosen_by_name(runs: list[Config]) -> None:
     [
         (["--data.manifest", "x.csv", "--preset", "eagel"], None, "--preset eagel: presets are: eagle"),
         (["--data.manifest", "x.csv", "--preset", "eagle"], {}, "--preset eagle: this recipe has no presets"),
-        (["--preset", "eagle"], None, "--preset eagle is for a study's slides: give --data.manifest"),
+        (["--preset", "eagle"], None, "--preset eagle is for your own slides: give --data.manifest"),
         (["--preset"], None, "--preset: name one of eagle"),
     ],
 )

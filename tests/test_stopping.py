@@ -31,7 +31,7 @@ PATIENCE_S = 1500
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from slidescale.engine.stopping import listening, note
+from slidescale.engine.process.stopping import listening, note
 with listening():
     import torch
     from slidescale.engine.parallel.mesh import start_world

@@ -20,7 +20,8 @@ from slidescale.engine.logger import configure_logging
 from slidescale.engine.memory.two_pass import Backward, Chunks, Encoded
 from slidescale.engine.memory.usage import held_bytes, peak_gib, reset_peak
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh, is_main_rank, join, stop_world
+from slidescale.engine.parallel.mesh import Mesh, join, stop_world
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.training import step
 from slidescale.engine.units import GIB, format_size
 
