@@ -55,6 +55,8 @@ setup(
         "test": [
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
+            "filelock>=3.20",
             "psutil>=6",
             "peft>=0.21,<1",
             "geojson>=3.2",

@@ -12,34 +12,41 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from slidescale.engine.data.bag import Bag
-from slidescale.engine.data.manifest import ManifestRow
+from slidescale.engine.api import make_step
 from slidescale.engine.files import write_json
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.strategies.strategy import SingleStrategy
 from slidescale.engine.supervision.classes import CrossEntropy
-from slidescale.engine.training.feed import Share, Step
 from slidescale.engine.training.place import has_bf16
-from slidescale.engine.training.step import TrainStep
+from slidescale.engine.training.step import Share, Step
 from slidescale.kernels.dispatch import choose_kernels
 
 from cells.ways import CLASSES, Cell
 from common.timing import measure_seconds
 
 
-def make_step(tiles: torch.Tensor, chunk: int, stored: int) -> Step:
-    """Make a step on one bag, in which `stored` chunks keep their activations."""
-    k, count = len(tiles), -(-len(tiles) // chunk)
-    row = ManifestRow("random", "random", Path("none"), (1.0,), "train")
-    bag = Bag(row, np.stack([np.arange(k), np.arange(k)], axis=1), 1.0, seed=0)
-    return Step([row], k, 1, count, iter([Share(bag, tiles, count, min(stored, count))]))
+class Stored(NamedTuple):
+    """A plan that stores the graphs of so many chunks."""
+
+    chunk: int
+    stored: int
+
+    def stored_chunks(self, k: int) -> int:
+        """As many of a bag's chunks as there are."""
+        return min(self.stored, -(-k // self.chunk))
+
+
+def one_bag(tiles: torch.Tensor) -> Step:
+    """A step on one bag."""
+    k = len(tiles)
+    places = torch.arange(k, dtype=torch.float32).repeat(2, 1).T
+    share = Share("random", tiles, torch.tensor([1.0], dtype=torch.float64), places, seed=0)
+    return Step(("random",), k, [k], iter([share]))
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -64,8 +71,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     model = make_model(cell.config(), classes=len(CLASSES), bf16=bf16, kernels=kernels).to(device).train()
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randint(0, 256, (k, args.tile, args.tile, 3), dtype=torch.uint8, generator=generator).to(device)
-    strategy = SingleStrategy(model, torch.optim.SGD(model.parameters(), lr=1e-6), None, device=device, clip=0.0)
-    step = TrainStep(strategy, CrossEntropy((), len(CLASSES)).to(device), Mesh(), chunk=chunk)
+    objective = CrossEntropy((), len(CLASSES)).to(device)
+    step = make_step(model, torch.optim.SGD(model.parameters(), lr=1e-6), objective, mesh=Mesh(device=device))
     gradient = torch.randn(k, model.encoder.dim, device=device)
 
     def forward() -> None:
@@ -77,11 +84,15 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         for part, wanted in zip(tiles.split(chunk), gradient.split(chunk), strict=True):
             (model.encode(part) * wanted).sum().backward()
 
+    def take(stored: int) -> None:
+        step.follow(Stored(chunk, stored))
+        step.take(one_bag(tiles))
+
     ways: dict[str, Callable[[], Any]] = {
         "forward": forward,
         "forward + backward": forward_backward,
-        "recompute": lambda: step(make_step(tiles, chunk, 0)),
-        "keep": lambda: step(make_step(tiles, chunk, k)),
+        "recompute": lambda: take(0),
+        "keep": lambda: take(k),
     }
     return measure_seconds(ways, args.turns)
 

@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of nobody's, so that no file of the user's is lost; with the ending, by which libraries know the format.
+    # A name that nobody uses, so that no file of the user is lost; with the ending, by which libraries know the format.
     unfinished = path.with_name(f".unfinished-{secrets.token_hex(8)}{path.suffix[:32]}")
     os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = stat.S_IMODE(unfinished.stat().st_mode)  # as the user's mask leaves it
@@ -44,12 +44,28 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(mode)  # safetensors makes a file of its own, which nobody else can read
         sync(unfinished)
-        unfinished.replace(path)
+        put_in_place(unfinished, path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a file, or a folder, that is complete and on disk its name; a file takes the place of an earlier one.
+
+    Where `replacing` does not do: for folders, and for what must not take its name before something else has happened.
+    """
+    unfinished.replace(path)
     sync(path.parent)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a symbolic link name what is beside it, at no moment naming nothing."""
+    unfinished = link.with_name(f".{link.name}")
+    unfinished.unlink(missing_ok=True)  # a process that was killed has left it
+    unfinished.symlink_to(target.name)
+    put_in_place(unfinished, link)
 
 
 def check_replaceable(path: Path) -> None:
@@ -77,8 +93,8 @@ def check_output(path: Path, inputs: Iterable[Path] = (), *, begins: bytes = b""
     """Refuse a place for a result where writing would cost the user something, before work is spent on it.
 
     Args:
-        inputs: files that are read, which must not be written over, under whatever name.
-        begins: of what is written, the first bytes; a file that is there and begins otherwise is not one's own.
+        inputs: files that are read, and must not be written over under whatever name.
+        begins: first bytes of what is written; a file that is there and begins otherwise is someone else's.
 
     Raises:
         FileExistsError: what is there, in words.
@@ -143,10 +159,10 @@ def save_png(picture: np.ndarray, path: Path) -> None:
 
 
 def file_name(name: str) -> str:
-    """A file name for a slide_id, a case or a label: readable, of `NAME_BYTES` bytes at most, another for each.
+    """A file name for a slide_id, a case or a label: readable, of `NAME_BYTES` bytes at most, and different for each.
 
     Letters and digits of any script, spaces and `. - + _` stay as they are. Anything else becomes `_`, a long name is
-    cut, and a digest of the whole name then tells it from others, so that no name leads out of its folder, none is too
+    cut, and a digest of the whole name is added, so that no name leads out of its folder, none is too
     long, and no two are the same.
     """
     plain = re.sub(r"[^\w .+-]", "_", name)

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from slidescale.engine.api import SlideStep, make_step
 from slidescale.engine.config import Config, RunConfig
 from slidescale.engine.data.bag import bag_size, epoch_size
 from slidescale.engine.data.cohort import Cohort, Fault
@@ -16,18 +17,14 @@ from slidescale.engine.data.demo_cohort import write_demo_cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import Manifest, read_manifest
 from slidescale.engine.data.prefetch import TileReader
-from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ConfigError, UserError
-from slidescale.engine.memory.fake_model import meta_copy
-from slidescale.engine.memory.planner import Plan
 from slidescale.engine.memory.usage import reset_peak
 from slidescale.engine.models.make import describe_encoder, make_model
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, check_launcher
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
 from slidescale.engine.strategies.ds_config import complete_ds_config
-from slidescale.engine.strategies.held import Holding
-from slidescale.engine.strategies.make import make_strategy
+from slidescale.engine.strategies.make import Optimizing
 from slidescale.engine.strategies.schedule import make_schedule
 from slidescale.engine.strategies.strategy import Strategy
 from slidescale.engine.supervision.make import check_settings, fit_objective, make_objective, supervision_of
@@ -36,7 +33,7 @@ from slidescale.engine.training.checkpoint import Checkpoints, Progress, epoch_n
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.frozen import encode_cohort, fingerprint
 from slidescale.engine.training.place import Place, choose_allocation, choose_place, meet
-from slidescale.engine.training.plan import make_offload, measure_model, plan_encoding, plan_step
+from slidescale.engine.training.plan import plan_encoding
 from slidescale.engine.training.run_folder import (
     check_same_settings,
     check_same_subject,
@@ -47,7 +44,7 @@ from slidescale.engine.training.run_folder import (
 )
 from slidescale.engine.training.run_log import RunLog
 from slidescale.engine.training.run_slides import check_same_slides, record_slides
-from slidescale.engine.training.step import TrainStep
+from slidescale.engine.training.slides import open_cohort
 from slidescale.engine.training.trainer import Trainer, best_names
 from slidescale.engine.units import GIB
 
@@ -71,14 +68,12 @@ def run(config: Config) -> Path:
     manifest = read_manifest(config.data.manifest, config.data) if config.data.manifest else None
     place = meet(config, place)
     manifest = manifest or _demo_manifest(config, place.mesh)
-    objective = fit_objective(manifest.classes, [row.target for row in manifest.split("train")], config)
+    objective = (_recorded_objective(config, place.mesh) if config.resume else None) or _fit_objective(config, manifest)
     choose_allocation(config, place.device)
     model = make_model(config, classes=objective.outputs, bf16=place.bf16, kernels=place.kernels).to(place.device)
     describe_encoder(config, model.encoder)
     frozen_encoder = _fingerprint_alike(model, place.mesh) if config.model.frozen else None
     folder = _find_or_open_run_folder(config, manifest, frozen_encoder, place.mesh)
-    if config.resume:
-        objective = _resumed_objective(folder, place.mesh) or objective
     log.info(
         "run %s on %d × %s; watch it with: tensorboard --logdir %s",
         folder,
@@ -86,28 +81,39 @@ def run(config: Config) -> Path:
         place.device.type,
         config.run.out,
     )
-    cohort, reader = _open_cohort(config, place, manifest, folder)
-    if frozen_encoder is not None:
-        reader = _encode_cohort(config, place, model, frozen_encoder, cohort, reader)
-        model = model.without_encoder()
-        reset_peak(place.device)  # training's own counts from here
-    measured = meta_copy(model)
-    strategy, ds_config = _make_strategy(config, place, model, cohort)
-    plan = _plan(config, place, measured, reader, strategy, ds_config, cohort)
-    checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
-    progress = Progress(slides_a_step=_slides_a_step(config, place.mesh), excluded={})
-    if config.resume:
-        progress = _resume(checkpoints, strategy, cohort, progress.slides_a_step)
-    if place.mesh.world.rank == 0:
-        record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
-        record_slides(folder, manifest)
-    _train(config, place, cohort, reader, strategy, objective.to(place.device), plan, checkpoints, progress, folder)
+    with ExitStack() as closing:
+        cohort, reader = open_cohort(config, manifest, folder, place.mesh)
+        closing.callback(reader.close)
+        if frozen_encoder is not None:
+            tiles, reader = reader, _encode_cohort(config, place, model, frozen_encoder, cohort, reader)
+            tiles.close()
+            closing.callback(reader.close)
+            model = model.without_encoder()
+            reset_peak(place.device)  # the peak of training counts from here
+        step, ds_config = _make_step(config, place, model, objective.to(place.device), cohort, folder)
+        closing.callback(step.close)
+        plan = step.prepare(reader.blank(1), _largest_bag(config, cohort), prefetch=config.data.prefetch)
+        checkpoints = Checkpoints(folder / "checkpoints", place.mesh.world, keep=config.run.keep_checkpoints)
+        progress = Progress(slides_a_step=_slides_per_step(config, place.mesh), excluded={})
+        if config.resume:
+            progress = _resume(checkpoints, step.strategy, cohort, progress.slides_a_step)
+        if place.mesh.world.rank == 0:
+            record_run(folder, config, ds_config, manifest.classes, objective, frozen_encoder)
+            record_slides(folder, manifest)
+        run_log = _open_log(config, folder, cohort, progress, place.mesh)
+        closing.callback(run_log.close)
+        feed = Feed(config, cohort, reader, place.mesh)
+        trainer = Trainer(
+            config, cohort, feed, step.train_step, objective, reader, checkpoints, run_log, folder, plan.peak / GIB
+        )
+        trainer.fit(progress)
+        run_log.finished()
     log.info("results in %s: predictions.csv, metrics.json, figures/, heatmaps/, model.safetensors", folder)
     return folder
 
 
 def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
-    """Of the encoder, the same on every rank.
+    """The fingerprint of the encoder, the same on every rank.
 
     Raises:
         UserError: ranks have loaded different weights.
@@ -122,12 +128,16 @@ def _fingerprint_alike(model: SlideModel, mesh: Mesh) -> str:
     return first
 
 
-def _resumed_objective(folder: Path, mesh: Mesh) -> Objective | None:
+def _fit_objective(config: Config, manifest: Manifest) -> Objective:
+    return fit_objective(manifest.classes, [row.target for row in manifest.split("train")], config)
+
+
+def _recorded_objective(config: Config, mesh: Mesh) -> Objective | None:
     """The objective that the run was begun with, whose scale or bins the manifest may no longer give.
 
     None for a run that was begun before it was recorded; such a run has classes, and needs only its settings.
     """
-    record = mesh.world.ask_main(lambda: read_record(folder).get("objective"))
+    record = mesh.world.ask_main(lambda: read_record(find_run_folder(config.run.out, config.run.name)).get("objective"))
     return make_objective(record) if record else None
 
 
@@ -171,113 +181,71 @@ def _find_or_open_run_folder(config: Config, manifest: Manifest, frozen_encoder:
     return mesh.world.ask_main(find_or_open)
 
 
-def _open_cohort(config: Config, place: Place, manifest: Manifest, folder: Path) -> tuple[Cohort, TileReader]:
-    """The slides, of which every one's tissue has been found, and what reads their tiles."""
-    data = config.data
-    spec = TileSpec(
-        tile_px=data.tile_px, mpp_um=data.mpp_um, min_tissue=data.min_tissue, default_mpp_um=data.default_mpp_um
-    )
-    cohort = Cohort(manifest, place.mesh.world, max_excluded=data.max_excluded, excluded_csv=folder / "excluded.csv")
-    cohort.tile(spec, config.run.out / "tilings", threads=data.readers)
-    _describe(cohort)
-    if config.model.slide_norm:
-        _warn_of_single_tiles(cohort, data.k)
-    return cohort, TileReader(spec, threads=data.readers, pin=place.device.type == "cuda")
-
-
-def _describe(cohort: Cohort) -> None:
-    manifest = cohort.manifest
-    if words := supervision_of(manifest.supervision).describe(manifest.classes):
-        log.info("%s", words)
-    if not cohort.usable("val"):
-        log.warning("no slide is in split 'val': no epoch can be chosen as the best, and the last one is kept")
-    for split in ("train", "val", "test"):
-        if rows := cohort.usable(split):
-            tiles = sorted(len(cohort.tilings[row.slide_id].coords) for row in rows)
-            log.info(
-                "%-5s %d slides, %s tissue tiles a slide (median %d)",
-                split,
-                len(rows),
-                f"{tiles[0]} to {tiles[-1]}",
-                tiles[len(tiles) // 2],
-            )
-
-
-def _warn_of_single_tiles(cohort: Cohort, k: int | Literal["all"]) -> None:
-    """Normalised over its tiles, a slide of one has no features: all such slides get one and the same prediction."""
-    rows = [row for split in ("train", "val", "test") for row in cohort.usable(split)]
-    tiles = {row.slide_id: len(cohort.tilings[row.slide_id].coords) for row in rows}
-    single = [row.slide_id for row in rows if tiles[row.slide_id] == 1 or (k == 1 and row.split == "train")]
-    if single:
-        log.warning(
-            "%d of %d slides have one tile (%s%s), which --model.slide-norm makes zeros: they are all predicted alike",
-            len(single),
-            len(rows),
-            ", ".join(single[:3]),
-            " …" if len(single) > 3 else "",
-        )
-
-
 def _encode_cohort(
-    config: Config,
-    place: Place,
-    model: SlideModel,
-    frozen_encoder: str,
-    cohort: Cohort,
-    reader: TileReader,
+    config: Config, place: Place, model: SlideModel, fingerprint: str, cohort: Cohort, reader: TileReader
 ) -> FeatureReader:
-    """What reads features, in place of tiles, once every slide has some.
+    """Encode every slide that has no features yet, and return what reads features in place of tiles.
 
     Args:
-        frozen_encoder: its fingerprint.
-        reader: of tiles; is closed.
+        fingerprint: of the encoder.
+        reader: of tiles.
     """
     store = FeatureStore(
         config.run.out / "features",
         reader.spec,
         encoder=model.encoder.name,
-        fingerprint=frozen_encoder,
+        fingerprint=fingerprint,
         precision="bf16" if place.bf16 else "fp32",
         dim=model.encoder.dim,
     )
     chunk = plan_encoding(model, reader.blank(1)[0], config.memory, mesh=place.mesh)
     encode_cohort(model, cohort, store, reader, place.mesh, chunk=chunk, device=place.device)
-    reader.close()
     return FeatureReader(store, threads=config.data.readers, pin=place.device.type == "cuda")
 
 
-def _slides_a_step(config: Config, mesh: Mesh) -> int:
-    """Of an optimizer step, over all ranks."""
+def _slides_per_step(config: Config, mesh: Mesh) -> int:
+    """Slides of an optimizer step, over all ranks."""
     return mesh.slides * config.optim.accumulate
 
 
-def _slides_an_epoch(config: Config, cohort: Cohort) -> int:
-    return epoch_size(len(cohort.expected("train")), config.data.epoch_share)
-
-
-def _make_strategy(
-    config: Config, place: Place, model: SlideModel, cohort: Cohort
-) -> tuple[Strategy, dict[str, Any] | None]:
-    """The model in the hands of its strategy, and ds.json as completed."""
-    slides_a_step = _slides_a_step(config, place.mesh)
-    schedule = make_schedule(config, steps_an_epoch=math.ceil(_slides_an_epoch(config, cohort) / slides_a_step))
+def _make_step(
+    config: Config, place: Place, model: SlideModel, objective: Objective, cohort: Cohort, folder: Path
+) -> tuple[SlideStep, dict[str, Any] | None]:
+    """The training step, and ds.json as completed."""
+    per_step = _slides_per_step(config, place.mesh)
+    slides = epoch_size(len(cohort.expected("train")), config.data.epoch_share)
+    schedule = make_schedule(config, steps_an_epoch=math.ceil(slides / per_step))
     ds_config = None
     if place.ds_content is not None:
         ds_config = complete_ds_config(place.ds_content, config, schedule, bf16=place.bf16, width=model.encoder.dim)
-    strategy = make_strategy(
-        place.strategy, model, config, schedule, place.mesh, place.device, ds_config=ds_config, bf16=place.bf16
+    memory = config.memory
+    on_disk = folder / "offload" if memory.policy == "offload" else None
+    step = make_step(
+        model,
+        Optimizing.as_settings_say(config.optim, schedule, ds_config),
+        objective,
+        mesh=place.mesh,
+        strategy=place.strategy,
+        ds_config=ds_config,
+        parallel=config.parallel,
+        clip=config.optim.clip,
+        chunk=memory.chunk,
+        budget=memory.budget,
+        policy=memory.policy,
+        offload_folder=memory.offload_folder or on_disk,
+        offload_to=memory.offload_to,
     )
     log.info(
         "%s (%.1f M parameters) + %s, %s, %s%s; kernels: %s",
         "frozen " * config.model.frozen + config.model.encoder,
         _count_parameters(model) / 1e6,
-        config.model.pooling,
+        config.model.aggregator or config.model.pooling,
         "bf16 autocast" if place.bf16 else "fp32",
-        strategy.name,
-        f", {slides_a_step} slides a step" if slides_a_step > 1 else "",
+        step.strategy.name,
+        f", {per_step} slides per step" if per_step > 1 else "",
         place.kernels,
     )
-    return strategy, ds_config
+    return step, ds_config
 
 
 def _count_parameters(model: torch.nn.Module) -> int:
@@ -285,32 +253,15 @@ def _count_parameters(model: torch.nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def _plan(
-    config: Config,
-    place: Place,
-    measured: SlideModel,
-    reader: TileReader,
-    strategy: Strategy,
-    ds_config: dict[str, Any] | None,
-    cohort: Cohort,
-) -> Plan:
-    """What of a step is kept in memory, for the largest bag.
-
-    Args:
-        measured: the model as it was before its strategy had it.
-    """
-    k = max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
-    footprint = measure_model(measured, reader.blank(1), config.memory, k=k, mesh=place.mesh)
-    named = (ds_config or {}).get("optimizer", {}).get("type", config.optim.optimizer)
-    holding = Holding.of(config.parallel, strategy.name, ds_config, place.mesh, str(named).lower())
-    return plan_step(footprint, config.memory, holding, k=k, prefetch=config.data.prefetch, mesh=place.mesh)
+def _largest_bag(config: Config, cohort: Cohort) -> int:
+    return max(bag_size(cohort.tilings[row.slide_id], config.data.k) for row in cohort.usable("train"))
 
 
-def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_a_step: int) -> Progress:
+def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides_per_step: int) -> Progress:
     progress = checkpoints.load(strategy, "last")
-    if progress.slides_a_step != slides_a_step:
+    if progress.slides_a_step != slides_per_step:
         raise UserError(
-            f"--resume: the run was begun with {progress.slides_a_step} slides a step, and this is {slides_a_step} "
+            f"--resume: the run was begun with {progress.slides_a_step} slides per step, and this is {slides_per_step} "
             "(tile groups side by side × --optim.accumulate): choose ranks, --parallel.tile-ranks and "
             "--optim.accumulate so that it is the same"
         )
@@ -321,29 +272,11 @@ def _resume(checkpoints: Checkpoints, strategy: Strategy, cohort: Cohort, slides
     return progress
 
 
-def _train(
-    config: Config,
-    place: Place,
-    cohort: Cohort,
-    reader: TileReader,
-    strategy: Strategy,
-    objective: Objective,
-    plan: Plan,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    folder: Path,
-) -> None:
-    """Train, and leave nothing open, whatever happens."""
-    memory = config.memory
-    if memory.policy == "offload" and memory.offload_folder is None:
-        memory = replace(memory, offload_folder=folder / "offload")
-    offload = make_offload(memory, place.mesh)
-    train_step = TrainStep(strategy, objective, place.mesh, chunk=plan.chunk, offload=offload)
-    feed = Feed(config, cohort, reader, place.mesh, plan)
-    slides = _slides_an_epoch(config, cohort)  # a resume may have set some aside
+def _open_log(config: Config, folder: Path, cohort: Cohort, progress: Progress, mesh: Mesh) -> RunLog:
+    slides = epoch_size(len(cohort.expected("train")), config.data.epoch_share)  # a resume may have set some aside
     run_log = RunLog(
         folder,
-        main=place.mesh.world.rank == 0,
+        main=mesh.world.rank == 0,
         slides=config.run.epochs * slides,
         done=progress.epoch * slides,
         step=progress.step,
@@ -356,11 +289,4 @@ def _train(
         best_names(headline),
         headline,
     )
-    try:
-        Trainer(config, cohort, feed, train_step, reader, checkpoints, run_log, folder, plan.peak / GIB).fit(progress)
-        run_log.finished()
-    finally:
-        reader.close()
-        run_log.close()
-        if offload:
-            offload.close()
+    return run_log

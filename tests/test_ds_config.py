@@ -244,7 +244,9 @@ def test_encodings(tmp_path: Path) -> None:
 
 def train_with(_: TileGroup, contents: list[dict[str, Any]]) -> list[list[float]]:
     """Losses of an epoch under each ds.json."""
-    from slidescale.engine.strategies import make as select
+    from slidescale.engine.api import make_step
+    from slidescale.engine.strategies.make import Optimizing
+    from slidescale.engine.supervision.classes import CrossEntropy
 
     from support import equivalence
 
@@ -253,10 +255,10 @@ def train_with(_: TileGroup, contents: list[dict[str, Any]]) -> list[list[float]
     for content in contents:
         model, mesh = equivalence.make_model(case), equivalence.mesh_for(case)
         ds = complete_ds_config(content, CONFIG, SCHEDULE, bf16=False, width=model.encoder.dim)
-        strategy = select.make_strategy(
-            "zero", model, CONFIG, SCHEDULE, mesh, equivalence.device(), ds_config=ds, bf16=False
-        )
-        found.append(equivalence.train(case, strategy, mesh))
+        optimizing = Optimizing.as_settings_say(CONFIG.optim, SCHEDULE, ds)
+        step = make_step(model, optimizing, CrossEntropy((), 2), mesh=mesh, strategy="zero", ds_config=ds)
+        step.follow(equivalence.FixedPlan(case.chunk, 0))
+        found.append(equivalence.train(case, step))
     return found
 
 

@@ -13,6 +13,7 @@ from slidescale.engine.files import (
     check_output,
     check_replaceable,
     file_name,
+    point,
     replacing,
     save_png,
     write_csv,
@@ -137,3 +138,14 @@ def test_a_table_has_no_formulas(tmp_path: Path) -> None:
 def test_a_picture_keeps_its_format(tmp_path: Path) -> None:
     save_png(np.zeros((2, 3, 3), np.uint8), tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_link_names_what_it_is_pointed_at_last(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".last").symlink_to("nothing")  # a process that was killed has left it
+    for name in ("one", "two"):
+        point(tmp_path / "last", tmp_path / name)
+        assert (tmp_path / "last").resolve() == tmp_path / name
+    assert os.readlink(tmp_path / "last") == "two", "also after the folder has moved"
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "last"}

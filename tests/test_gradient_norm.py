@@ -56,12 +56,13 @@ def clipped(_: TileGroup, names: list[str]) -> dict[str, tuple[float, torch.Tens
     for name in names:
         case = Case(strategy=name)
         mesh = mesh_for(case)
-        strategy: Any = equivalence.make_strategy(case, equivalence.make_model(case), mesh)
+        step = equivalence.make_step(case, equivalence.make_model(case), mesh)
+        strategy: Any = step.strategy
         if name.startswith("zero"):
             strategy._engine._config.gradient_clipping = strategy._engine.optimizer.clip_grad = CLIP
         else:
             strategy._clip = CLIP
-        norms = [result.gradient_norms["total"] for result in equivalence.steps(case, strategy, mesh)]
+        norms = [result.gradient_norms["total"] for result in equivalence.steps(case, step)]
         values = torch.cat([whole(parameter).reshape(-1).clone() for parameter in strategy.model.parameters()])
         found[name] = norms[0], values
     return found

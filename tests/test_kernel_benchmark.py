@@ -26,34 +26,59 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"}
 
 def run(*words: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
 
 
-def test_all_forms_fit_and_nothing_spills(tmp_path: Path) -> None:
-    """Every kernel, dtype and block size that can be launched; the command fails where one does not fit."""
-    out, page = tmp_path / "out.json", tmp_path / "page.md"
-    done = run("benchmarks/kernels.py", "--aot", "--out", str(out), "--page", str(page))
-    assert done.returncode == 0, done.stdout + done.stderr
-    compiled = json.loads(out.read_text(encoding="utf-8"))
+KERNELS = {
+    "pool_block",
+    "score_gradient",
+    "gate_gradient",
+    "features_gradient",
+    "weights_gradient",
+    "prepare_patch",
+}
+# A form of each kernel, by turns the first and the last: of fp32, and of 16 bits with all that a form can have.
+SOME = """
+import dataclasses, json
+from kernel_costs.ahead_of_time import all_variants, compile_forms
+labels = [each.label for each in all_variants()]
+names = [label.split()[0] for label in labels]
+first, last = {name: names.index(name) for name in names}, {name: place for place, name in enumerate(names)}
+places = [(first, last)[turn % 2][name] for turn, name in enumerate(first)]
+print(json.dumps([dataclasses.asdict(each) for each in compile_forms(places)]))
+"""
+
+
+def check_fit(compiled: list[dict[str, Any]]) -> None:
+    """All architectures have every form, and nothing spills or takes more than there is."""
     labels = {each["label"] for each in compiled}
     assert len(compiled) == len(ARCHITECTURES) * len(labels)
     assert {each["architecture"] for each in compiled} == ARCHITECTURES
-    assert {label.split()[0] for label in labels} == {
-        "pool_block",
-        "score_gradient",
-        "gate_gradient",
-        "features_gradient",
-        "weights_gradient",
-        "prepare_patch",
-    }
+    assert {label.split()[0] for label in labels} == KERNELS
     for each in compiled:
         assert each["spilled"] == 0, each
         assert 0 < each["registers"] <= (512 if each["architecture"].startswith("gfx") else 255), each
         limit = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}.get(each["architecture"], 65_536)
         assert each["shared"] <= limit, each
         assert 0 < each["occupancy"] <= 1, each
+
+
+def test_each_kernel_fits_and_nothing_spills() -> None:
+    done = run("-c", SOME)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_fit(json.loads(done.stdout))
+
+
+@pytest.mark.full
+def test_all_forms_fit_and_nothing_spills(tmp_path: Path) -> None:
+    """Every kernel, dtype and block size that can be launched, as a user compiles them."""
+    out, page = tmp_path / "out.json", tmp_path / "page.md"
+    done = run("benchmarks/kernels.py", "--aot", "--out", str(out), "--page", str(page))
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_fit(json.loads(out.read_text(encoding="utf-8")))
     assert "no register spills" in page.read_text(encoding="utf-8")
 
 
@@ -91,6 +116,30 @@ def test_spills_and_large_blocks_are_caught(benchmark: ModuleType) -> None:
     # 8 warps of 128 registers: two blocks in 65,536 registers, of the 64 warps that a multiprocessor holds.
     assert limits["sm_90"].occupancy(128, 0, 8) == 16 / 64
     assert limits["gfx942"].occupancy(128, 32 * 1024, 4) == 8 / 32
+
+
+@pytest.mark.parametrize("spilled", [0, 8])
+def test_the_command_fails_where_a_kernel_does_not_fit(
+    benchmark: ModuleType,
+    spilled: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from kernel_costs.ahead_of_time import Compiled
+
+    compiled = [
+        Compiled(kernel, name, warps=8, registers=100, spilled=spilled * (name == "sm_90"), shared=1024, occupancy=0.5)
+        for kernel in sorted(KERNELS)
+        for name in sorted(ARCHITECTURES)
+    ]
+    monkeypatch.setattr(benchmark, "compile_all", lambda: compiled)
+    page, out = tmp_path / "page.md", tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--aot", "--page", str(page), "--out", str(out)])
+    assert benchmark.main() == (1 if spilled else 0)
+    verdict = "6 do not fit: features_gradient on sm_90" if spilled else "no register spills, and all fit"
+    assert verdict in capsys.readouterr().out and verdict in page.read_text(encoding="utf-8")
+    assert [each["fits"] for each in json.loads(out.read_text(encoding="utf-8"))].count(False) == (6 if spilled else 0)
 
 
 @pytest.mark.parametrize("what", ["attention", "tiles", "nothing"])

@@ -1,135 +1,30 @@
-"""What a step is predicted to need is what it takes."""
+"""A plan uses the room that there is, and a step takes what the plan says."""
 
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
-import torch
 
-from slidescale.engine.commands import cli
+from slidescale.engine.config import PolicyName
 from slidescale.engine.errors import ConfigError
-from slidescale.engine.memory import needs
 from slidescale.engine.memory.devices import find_device
 from slidescale.engine.memory.estimate import largest_k, step_flops, step_seconds
-from slidescale.engine.memory.footprint import Curve, Footprint, measure
-from slidescale.engine.memory.live_bytes import LiveBytes
+from slidescale.engine.memory.footprint import Curve, Footprint
 from slidescale.engine.memory.needs import Job
 from slidescale.engine.memory.planner import Plan, choose, sizes_to_measure
-from slidescale.engine.memory.policies import POLICIES
-from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
-from slidescale.engine.models.aggregator import Aggregator
-from slidescale.engine.models.dropout import Draw, drawing_for
-from slidescale.engine.models.encoder import Encoder
-from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.memory.policies import POLICIES, Policy
 from slidescale.engine.strategies.held import Holding, model_state
-from slidescale.engine.units import parse_size
+from slidescale.engine.units import GIB, MIB, parse_size
 
-GIB = 1024**3
-MIB = 1024**2
+from support.footprints import footprint
+from support.grids import full
 
-
-def make(name: str, tile_px: int, *, bf16: bool, checkpoint_blocks: bool = False) -> SlideModel:
-    encoder = Encoder(name, tile_px=tile_px)
-    encoder.set_checkpointing(checkpoint_blocks)
-    aggregator = Aggregator(encoder.dim, 2, pooling="gated_attention", hidden_dim=512, attention_dim=384, dropout=0.25)
-    return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None).train()
-
-
-@cache
-def footprint(name: str, tile_px: int, *, bf16: bool, chunk: int, bag: int) -> Footprint:
-    chunks = sorted({1, -(-chunk // 4), chunk})
-    return measure(make(name, tile_px, bf16=bf16), blank(tile_px), chunks=chunks, bags=sorted({1, bag}))
-
-
-def blank(tile_px: int) -> torch.Tensor:
-    return torch.zeros((tile_px, tile_px, 3), dtype=torch.uint8)
-
-
-# ---- (a) the footprint against autograd's own account
-
-
-def saved_bytes(model: SlideModel, tiles: torch.Tensor) -> int:
-    """Bytes of all storages that autograd saves, less parameters, buffers, pixels and the features."""
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = model.encode(tiles)
-    ours = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), tiles, features)}
-    return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in ours)
-
-
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("name", "tile_px"), [("test_resnet", 64), ("test_vit", 160), ("test_convnext", 64), ("resnet18", 96)]
-)
-def test_graph_is_what_autograd_saves(name: str, tile_px: int, bf16: bool) -> None:
-    n = 3
-    predicted = footprint(name, tile_px, bf16=bf16, chunk=n, bag=1).graph(n)
-    tiles = torch.randint(0, 256, (n, tile_px, tile_px, 3), dtype=torch.uint8)
-    saved = saved_bytes(make(name, tile_px, bf16=bf16), tiles)
-    assert saved > 100_000, "there is something to predict"
-    # Scalars and storages of a few bytes, such as random states, are all that may differ.
-    assert predicted == pytest.approx(saved, rel=0.01)
-
-
-def test_checkpointed_blocks_keep_little() -> None:
-    plain, checkpointed = (
-        measure(make("test_vit", 160, bf16=False, checkpoint_blocks=on), blank(160), chunks=(1, 4), bags=(1,))
-        for on in (False, True)
-    )
-    assert checkpointed.graph(4) < 0.5 * plain.graph(4)
-    assert checkpointed.forward(4) == plain.forward(4), "without a graph there is nothing to forget"
-
-
-def test_attention_and_normalisation_keep_more_on_a_gpu() -> None:
-    """CUDA's autocast keeps normalisation in fp32; where there is no GPU its operators are measured all the same."""
-    cpu, cuda = (
-        measure(make("test_vit", 160, bf16=True), blank(160), chunks=(1, 4), bags=(1,), device=device)
-        for device in ("cpu", "cuda")
-    )
-    assert 1.1 < cuda.graph(4) / cpu.graph(4) < 3
-    assert cuda.backward(4) >= cuda.graph(4)
-
-
-@pytest.mark.parametrize(
-    ("k", "chunk", "stored"), [(8, 4, 0), (8, 4, 2), (11, 4, 3), (11, 4, 1), (5, 8, 1), (16, 4, 2)]
-)
-def test_phases_of_a_step_add_up(k: int, chunk: int, stored: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planner's arithmetic against the engine's own step, storage by storage."""
-    name, tile_px = "test_resnet", 96
-    measured = footprint(name, tile_px, bf16=False, chunk=chunk, bag=k)
-    monkeypatch.setattr(needs, "SCRATCH_SHARE", {"cpu": 0.0})  # what storages do not show
-    monkeypatch.setattr(needs, "SCRATCH_BYTES", {"cpu": 0})
-    monkeypatch.setattr(needs, "POOLING_BYTES", {"cpu": 0})
-    need = Job(footprint=measured, prefetch=0).need(k, chunk, stored)
-    model = make(name, tile_px, bf16=False)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    tiles = torch.randint(0, 256, (k, tile_px, tile_px, 3), dtype=torch.uint8)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    with LiveBytes([*model.parameters(), *model.buffers(), *gradients, tiles]) as live:
-        encoded = encode(model, Chunks(tiles, chunk, -(-k // chunk), seed=0, offset=0), stored)
-        with drawing_for(Draw(0, 0, k)):
-            logits, _ = model.aggregate(encoded.features, torch.zeros(k, 2), TileGroup())
-        logits.sum().backward()
-        backpropagate(model, Chunks(tiles, chunk, -(-k // chunk), 0, 0), encoded, lambda loss: loss.backward())
-    print(f"k {k} chunk {chunk} stored {stored}: predicted / measured {(need.total - need.pixels) / live.peak:.3f}")
-    assert live.peak > 8 * MIB
-    assert need.total - need.pixels == pytest.approx(live.peak, rel=0.1)
-
-
-# ---- (b) the plan against a process
+# ---- (a) the plan against a process
 
 STEP = """
 import json, sys
@@ -139,7 +34,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, request["tests"])
 from slidescale.engine.memory.usage import GIB, held_bytes, peak_gib, return_freed_memory
 assert return_freed_memory()
-from test_planner import Chunks, TileGroup, backpropagate, encode, make
+from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
+from slidescale.engine.parallel.tile_parallel import TileGroup
+from support.footprints import make
 from slidescale.engine.models.dropout import Draw, drawing_for
 k, chunk = request["k"], request["chunk"]
 model = make(request["name"], 224, bf16=request["bf16"])
@@ -166,11 +63,13 @@ print(json.dumps({"base": base, "peak": peak_gib(torch.device("cpu")) * GIB}))
     ("name", "bf16", "k", "chunk", "stored"),
     [
         ("resnet18", True, 128, 16, 8),
-        ("resnet18", True, 128, 128, 0),
-        ("resnet18", True, 192, 16, 8),
-        ("vit_tiny_patch16_224", True, 80, 16, 5),
         ("vit_tiny_patch16_224", False, 64, 64, 0),
-        ("resnet10t", False, 128, 16, 7),
+        *full(
+            ("resnet18", True, 128, 128, 0),
+            ("resnet18", True, 192, 16, 8),
+            ("vit_tiny_patch16_224", True, 80, 16, 5),
+            ("resnet10t", False, 128, 16, 7),
+        ),
     ],
 )
 def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: int) -> None:
@@ -199,7 +98,7 @@ def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: in
     assert measured["base"] + need.total == pytest.approx(measured["peak"], rel=0.10)
 
 
-# ---- (c) choosing
+# ---- (b) choosing
 
 
 def sketch(flavour: str = "cuda", ranks: int = 1) -> Footprint:
@@ -337,22 +236,23 @@ def test_offload_waits_for_its_transfers() -> None:
     assert step_seconds(away, device, bf16=True) == moved > step_seconds(keep, device, bf16=True)
 
 
-def test_frozen_weights_cost_half_a_backward() -> None:
-    """Of a matrix product, the backward computes the inputs' gradient, and the weights' where they train."""
+def test_every_policy_has_its_name() -> None:
+    assert set(POLICIES) == set(get_args(PolicyName))
+    assert all(name == policy.name for name, policy in POLICIES.items())
 
-    def frozen() -> SlideModel:
-        model = make("test_vit", 160, bf16=False)
-        for parameter in model.encoder.parameters():
-            parameter.requires_grad = parameter.dim() == 1
-        return model
 
-    whole, part = (
-        measure(model, blank(160), chunks=(1, 2), bags=(1, 2))
-        for model in (make("test_vit", 160, bf16=False), frozen())
-    )
-    assert whole.flops == part.flops > 1e6
-    assert 1.8 < whole.backward_flops / whole.flops < 2.3
-    assert 0.8 < part.backward_flops / part.flops < 1.4
+def test_a_policy_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(Policy):
+        name = "half"  # type: ignore[assignment]
+
+        def stored(self, chunks: int, fits: Callable[[int], bool]) -> int:
+            return chunks // 2
+
+    monkeypatch.setitem(POLICIES, "half", Half())  # type: ignore[misc]
+    made = plan(100 * GIB, policy="half", chunk=16)
+    assert (made.chunks, made.stored, made.again, made.stored_chunks(320)) == (63, 31, 32, 10)
+    keep, recompute = (plan(100 * GIB, policy=policy, chunk=16) for policy in ("keep", "recompute"))
+    assert recompute.peak < made.peak < keep.peak and not made.warning
 
 
 def test_sizes_to_measure_are_two_or_more() -> None:
@@ -375,65 +275,3 @@ def test_model_state_of_each_strategy() -> None:
     cut = model_state(sketch(), Holding(strategy="zero3", shards=4, reduce_bucket=MIB, max_live=2 * MIB))
     assert (cut.buffers, cut.parameters) == (4 * MIB, 8 * MIB + p // 4)
     assert sharded.base == p // 4 + 3 * 4 * MIB + p + p // 4 + p // 2, "shard, blocks, gradients, their shard, moments"
-
-
-# ---- (d) the command
-
-
-def test_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "plan",
-        "--encoder",
-        "test_vit",
-        "--tile-px",
-        "160",
-        "--k",
-        "5000",
-        "--ranks",
-        "4",
-        "--device",
-        "A100-40GB",
-    ]
-    cli.main([*words, "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    base = answer["base_bytes"]
-    assert base["total"] == base["parameters"] + base["gradients"] + base["optimizer"] + base["buffers"]
-    assert answer["peak_bytes"] == base["total"] + answer["step_bytes"]["total"] <= answer["budget_bytes"]
-    assert answer["budget_bytes"] == answer["memory_bytes"] - answer["reserve_bytes"]
-    assert answer["stored_chunks"] <= answer["chunks"] == -(-1250 // answer["chunk"])
-    assert answer["largest_k"]["recompute"] > 5000 and answer["seconds"] > 0
-    cli.main(words)
-    table = capsys.readouterr().out
-    assert "K = 5,000 tiles, 4 ranks, ddp: 1,250 tiles a rank" in table and "peak" in table and "A100-40GB" in table
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--k", "10"], "--memory is missing"),
-        (["--k", "0", "--memory", "1GiB"], "--k is 0"),
-        (["--k", "10", "--memory", "1XB"], "--memory is '1XB'"),
-        (["--k", "10", "--device", "H900"], "must be one of A100-40GB"),
-        (["--k", "10", "--memory", "8GiB", "--optimizer-offload"], "--optimizer-offload: single has none"),
-        (["--k", "10", "--memory", "8GiB", "--encoder", "resnet1o"], "timm has no model"),
-        (["--k", "9000", "--memory", "1.2GiB", "--encoder", "test_vit", "--tile-px", "160"], "does not fit"),
-        (["--k", "9000", "--memory", "1.2GiB", "--encoder", "test_vit", "--tile-px", "160"], "a larger --memory"),
-        (["--k", "10", "--memory", "1GiB", "--device", "cpu", "--policy", "recompute"], "--memory is 1.00 GiB, of"),
-        (["--k", "10", "--memory", "8GiB", "--transformer-layers", "-1"], "--transformer-layers is -1"),
-    ],
-)
-def test_command_tells_errors_in_a_line(words: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["plan", *words])
-    assert str(caught.value).startswith("error: ") and message in str(caught.value)
-
-
-def test_command_on_a_cpu_offloads_to_files(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--encoder", "test_vit", "--tile-px", "160", "--k", "1", "--memory", "4GiB", "--policy", "offload"]
-    cli.main(["plan", *words, "--device", "cpu", "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["file_bytes"] == answer["step_bytes"]["away"] > 0 and answer["host_bytes"] == 0
-    cli.main(["plan", *words, "--device", "cpu"])
-    table = capsys.readouterr().out
-    assert "beside it, in files" in table and "on the host" not in table
-    assert 1000 < answer["largest_k"]["recompute"] < 4 * GIB / (160 * 160 * 3), "pixels alone would fill it"

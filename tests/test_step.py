@@ -25,7 +25,7 @@ from support.equivalence import (
     make_cohort,
     make_model,
     make_optimizer,
-    make_strategy,
+    make_step,
     mesh_for,
     steps,
 )
@@ -83,9 +83,9 @@ def worst(group: TileGroup, case: Case, bug: str = "") -> float:
         "own tiles": mock.patch.object(RankGroup, "sum", lambda self, x: x if x.numel() == 2 else _sum(self, x)),
     }[bug]
     model = make_model(case)
-    made = make_strategy(case, model, mesh)
+    made = make_step(case, model, mesh)
     with planted:
-        found = [told(result) for result in steps(case, made, mesh)]
+        found = [told(result) for result in steps(case, made)]
     assert len(found) == len(expected) >= 3
     for each in found:
         halves = math.hypot(each["aggregator"], each["encoder"])

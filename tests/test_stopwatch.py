@@ -10,9 +10,7 @@ import torch
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
-from slidescale.engine.training.step import TrainStep
 from slidescale.engine.training.stopwatch import PHASES, Stopwatch
 
 from support.equivalence import (
@@ -24,7 +22,7 @@ from support.equivalence import (
     make_cohort,
     make_config,
     make_model,
-    make_strategy,
+    make_step,
 )
 
 NONE = dict.fromkeys(PHASES, 0.0)
@@ -65,10 +63,10 @@ def test_each_phase_is_charged_for_what_happens_in_it(
     monkeypatch.setattr(owner, name, call)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     mesh = Mesh()
-    plan: Any = FixedPlan(2, 2)
     reader: Any = MemoryReader("", mesh.tiles)
-    feed = Feed(make_config(case), make_cohort(mesh), reader, mesh, plan)
-    step = TrainStep(make_strategy(case, make_model(case), mesh), CrossEntropy((), 2), mesh, chunk=2)
-    spent = {batch.k: step(batch).seconds for batch in feed.epoch(0)}
+    feed = Feed(make_config(case), make_cohort(mesh), reader, mesh)
+    step = make_step(case, make_model(case), mesh)
+    step.follow(FixedPlan(2, 2))
+    spent = {batch.k: step.take(batch).seconds for batch in feed.epoch(0)}
     assert set(spent) == set(BAG_SIZES)
     assert spent[11] == NONE | phases

@@ -13,21 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidescale.engine.models import transformer
 from slidescale.engine.models.aggregator import Aggregator
-from slidescale.engine.models.dropout import Draw, KeyedDropout, drawing_for
+from slidescale.engine.models.dropout import Draw, KeyedDropout, drawing_for, key_dropouts
 from slidescale.engine.models.transformer import attend, encode_position
 from slidescale.engine.parallel import collectives
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 DIM, WIDTH, HEADS, CLASSES = 6, 16, 2, 3
 BAG_SIZES = (1, 2, 7, 33)  # with 3 ranks: ranks without a tile, uneven shares
-SPREADS = ("split", "gathered")
 TOLERANCE = 1e-12  # fp64 adds in another order on other ranks, nothing else
 
 # Logits, weights, gradient of features, and gradient of every parameter by name.
 Outcome = dict[str, Tensor]
 
 
-def make_aggregator(spread: Any = "split", **settings: Any) -> Aggregator:
+def make_aggregator(**settings: Any) -> Aggregator:
     """In fp64, with no parameter at a value (0, 1) that could hide a mistake."""
     torch.manual_seed(0)
     usual = {"pooling": "gated_attention", "dropout": 0.0, "transformer_layers": 2}
@@ -37,9 +36,9 @@ def make_aggregator(spread: Any = "split", **settings: Any) -> Aggregator:
         hidden_dim=WIDTH,
         attention_dim=5,
         transformer_heads=HEADS,
-        transformer_spread=spread,
         **(usual | settings),
     ).double()
+    key_dropouts(aggregator, "aggregator")  # as a slide model does
     with torch.no_grad():
         for parameter in aggregator.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -53,9 +52,9 @@ def make_bag(k: int) -> tuple[Tensor, Tensor]:
     return features, 50 + 20 * torch.rand(k, 2, dtype=torch.float64, generator=generator)
 
 
-def run(group: TileGroup, spread: str, k: int, bug: bool = False, settings: dict[str, Any] | None = None) -> Outcome:
+def run(group: TileGroup, k: int, bug: bool = False, settings: dict[str, Any] | None = None) -> Outcome:
     """One rank's forward and backward of the plain loss; parameters' gradients are the mean over ranks."""
-    aggregator = make_aggregator(spread, **(settings or {}))
+    aggregator = make_aggregator(**(settings or {}))
     features, coords = make_bag(k)
     own = group.share(k)
     features = features[own].clone().requires_grad_()
@@ -104,45 +103,41 @@ def worst_difference(a: Outcome, b: Outcome) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_equal_one_process(world: Any, ranks: int, spread: str) -> None:
+def test_ranks_equal_one_process(world: Any, ranks: int) -> None:
     for k in BAG_SIZES:
-        expected = run(TileGroup(), "split", k)
+        expected = run(TileGroup(), k)
         moved = [name for name, value in expected.items() if value.abs().max() > 1e-6]
         # A key's bias moves all scores of a query alike, and K = 1 has nothing to weigh, but the rest must move.
         assert len(moved) > 10 and {"logits", "features", "transformer.layers.0.mlp.0.weight"} <= set(moved)
-        got = [run(TileGroup(), spread, k)] if ranks == 1 else world(ranks).run(run, spread, k)
+        got = [run(TileGroup(), k)] if ranks == 1 else world(ranks).run(run, k)
         assert worst_difference(assemble(got), expected) <= TOLERANCE, f"K = {k}"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
-@pytest.mark.parametrize("spread", SPREADS)
-def test_between_slide_norm_and_other_poolings(world: Any, spread: str, pooling: str) -> None:
+def test_between_slide_norm_and_other_poolings(world: Any, pooling: str) -> None:
     """The gathers keep in step with the collectives before and after them, on a rank without tiles too."""
     settings = {"slide_norm": True, "pooling": pooling}
     for k in (2, 7):
-        expected = run(TileGroup(), "split", k, settings=settings)
-        assert worst_difference(assemble(world(3).run(run, spread, k, False, settings)), expected) <= TOLERANCE
+        expected = run(TileGroup(), k, settings=settings)
+        assert worst_difference(assemble(world(3).run(run, k, False, settings)), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_a_gather_that_does_not_sum_is_caught(world: Any, spread: str) -> None:
-    expected = run(TileGroup(), "split", 7)
-    got = assemble(world(2).run(run, spread, 7, True))
+def test_a_gather_that_does_not_sum_is_caught(world: Any) -> None:
+    expected = run(TileGroup(), 7)
+    got = assemble(world(2).run(run, 7, True))
     assert worst_difference({"logits": got["logits"]}, {"logits": expected["logits"]}) <= TOLERANCE
     assert worst_difference(got, expected) > 1e-4
 
 
-@pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_dropout_masks_belong_to_tiles(world: Any, ranks: int, spread: str) -> None:
+def test_dropout_masks_belong_to_tiles(world: Any, ranks: int) -> None:
     arguments = (False, {"dropout": 0.25})
     for k in (2, 33):
-        expected = run(TileGroup(), "split", k, *arguments)
-        assert worst_difference(expected, run(TileGroup(), "split", k)) > 1e-3, "dropout is really on"
+        expected = run(TileGroup(), k, *arguments)
+        assert worst_difference(expected, run(TileGroup(), k)) > 1e-3, "dropout is really on"
         group = TileGroup()
-        got = [run(group, spread, k, *arguments)] if ranks == 1 else world(ranks).run(run, spread, k, *arguments)
+        got = [run(group, k, *arguments)] if ranks == 1 else world(ranks).run(run, k, *arguments)
         assert worst_difference(assemble(got), expected) <= TOLERANCE, f"K = {k}"
 
 
@@ -257,9 +252,9 @@ class LargestSide(TorchDispatchMode):
         return outputs
 
 
-def spied_step(group: TileGroup, spread: str, dtype: torch.dtype) -> LargestSide:
+def spied_step(group: TileGroup, dtype: torch.dtype) -> LargestSide:
     k = 1024
-    aggregator = make_aggregator(spread, transformer_layers=1).to(dtype)
+    aggregator = make_aggregator(transformer_layers=1).to(dtype)
     features, coords = (x.to(dtype) for x in make_bag(k))
     # the shortest side that a block of scores could have on this rank
     with LargestSide(k // group.size) as spy:
@@ -268,8 +263,8 @@ def spied_step(group: TileGroup, spread: str, dtype: torch.dtype) -> LargestSide
     return spy
 
 
-def found_by_spy(group: TileGroup, spread: str, dtype: torch.dtype) -> list[Any]:
-    spy = spied_step(group, spread, dtype)
+def found_by_spy(group: TileGroup, dtype: torch.dtype) -> list[Any]:
+    spy = spied_step(group, dtype)
     flash = "aten._scaled_dot_product_flash_attention_for_cpu"
     assert {f"{flash}.default", f"{flash}_backward.default"} <= spy.operators, "the fused kernel really ran, both ways"
     return spy.found
@@ -277,14 +272,13 @@ def found_by_spy(group: TileGroup, spread: str, dtype: torch.dtype) -> list[Any]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_rank_holds_all_scores(world: Any, dtype: torch.dtype) -> None:
-    for spread in SPREADS:
-        assert found_by_spy(TileGroup(), spread, dtype) == []
-        assert world(2).run(found_by_spy, spread, dtype) == [[], []]
+    assert found_by_spy(TileGroup(), dtype) == []
+    assert world(2).run(found_by_spy, dtype) == [[], []]
 
 
 def test_the_spy_sees_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer, "FUSED", [SDPBackend.MATH])
-    spy = spied_step(TileGroup(), "split", torch.float32)
+    spy = spied_step(TileGroup(), torch.float32)
     assert any(shape[-2:] == (1024, 1024) for _, shape in spy.found)
 
 
@@ -314,8 +308,8 @@ def test_rows_and_coordinates_must_agree() -> None:
         make_aggregator()(features[:6], coords, TileGroup())
 
 
-def bf16_step(group: TileGroup, spread: str) -> tuple[Outcome, str]:
-    aggregator = make_aggregator(spread).float()
+def bf16_step(group: TileGroup) -> tuple[Outcome, str]:
+    aggregator = make_aggregator().float()
     features, coords = (x.float() for x in make_bag(33))
     own = features[group.share(33)].clone().requires_grad_()
     streams = []
@@ -329,11 +323,10 @@ def bf16_step(group: TileGroup, spread: str) -> tuple[Outcome, str]:
     return {"logits": logits.detach().float(), "features": own.grad / group.size} | gradients, str(logits.dtype)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_under_bf16_autocast(world: Any, spread: str) -> None:
-    expected, dtype = bf16_step(TileGroup(), "split")
+def test_under_bf16_autocast(world: Any) -> None:
+    expected, dtype = bf16_step(TileGroup())
     assert dtype == "torch.bfloat16", "autocast is really on"
-    got = [outcome for outcome, _ in world(3).run(bf16_step, spread)]
+    got = [outcome for outcome, _ in world(3).run(bf16_step)]
     whole = assemble(got)
     for name, value in expected.items():
         # bf16 keeps 8 bits: gradients that pass through a few products of it agree to some percent

@@ -20,8 +20,8 @@ from slidescale.engine.logger import configure_logging
 from slidescale.engine.memory.two_pass import Backward, Chunks, Encoded
 from slidescale.engine.memory.usage import held_bytes, peak_gib, reset_peak
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import is_main_rank, pick_device, start_world, stop_world
-from slidescale.engine.parallel.rank_group import RankGroup
+from slidescale.engine.parallel.mesh import Mesh, join, stop_world
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.training import step
 from slidescale.engine.units import GIB, format_size
 
@@ -63,32 +63,26 @@ def measure(
     row = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     if cell.device == "cpu" and row["peak_gib"] * GIB > limits.bytes:
-        return Ended(
-            "out of memory", f"held {row['peak_gib']:.2f} GiB for a moment; the limit is {format_size(limits.bytes)}"
-        ), {}
+        held = f"held {row['peak_gib']:.2f} GiB for a moment; the limit is {format_size(limits.bytes)}"
+        return Ended("out of memory", held), {}
     return ended, row
 
 
 def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path | None) -> None:
-    """What a rank does."""
-    device = pick_device(int(os.environ["LOCAL_RANK"]))
+    """Take the steps of a cell as one rank; the main rank writes the row."""
     if cell.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    alone = cell.strategy == "single"
-    if not alone:
-        start_world(device)
-    world = RankGroup() if alone else RankGroup(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    mesh = join(alone=cell.strategy == "single")
+    world, device = mesh.world, mesh.device
     if PLANTED in os.environ:
         plant_wrong_gradient()
-    way = make_way(cell, Source(slide, cell), device, result.parent / f"{result.stem}-offload")
+    way = make_way(cell, Source(slide, cell), mesh, result.parent / f"{result.stem}-offload")
     start = {name: value.clone() for name, value in way.parameters()} if write else {}
     list(way.spend(min(cell.k, WARM_UP), 1))
     reset_peak(device)
     base = held_bytes(device)
     spent = list(way.spend(cell.k, cell.steps))
-    memory = [(peak_gib(device), base / GIB)]
-    if not alone:
-        memory = world.gather_objects(memory[0])
+    memory = world.gather_objects((peak_gib(device), base / GIB))
     peak_of_fullest, base_of_fullest = max(memory)
     step_s = statistics.median(each.step_s for each in spent)
     in_all = sum(each.step_s for each in spent)
@@ -140,11 +134,11 @@ def plant_wrong_gradient() -> None:
     step.backpropagate = backpropagate
 
 
-def make_way(cell: Cell, source: Source, device: torch.device, folder: Path) -> Way:
+def make_way(cell: Cell, source: Source, mesh: Mesh, folder: Path) -> Way:
     """Make the engine under a policy, or a baseline."""
     if cell.policy in POLICIES:
-        return EngineWay(cell, source, device, folder)
-    return KINDS[cell.policy](cell, source, device)
+        return EngineWay(cell, source, mesh, folder)
+    return KINDS[cell.policy](cell, source, mesh.device)
 
 
 def change_error(ours: Iterable[tuple[str, Tensor]], reference: dict[str, dict[str, Tensor]], parts: str) -> float:

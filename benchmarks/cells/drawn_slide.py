@@ -1,6 +1,6 @@
 """A slide with as many tiles as a benchmark reads: pieces of the demo cohort's tissue, over and over."""
 
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ CONTENT = 20.0
 def write_slide(path: Path, k: int, tile_px: int) -> None:
     """Write a slide of one level with at least K tiles of `tile_px` px at its own resolution, MPP_UM."""
     width, height = (-(-side * tile_px // PIECE_PX) * PIECE_PX for side in (min(k, COLUMNS), -(-k // COLUMNS)))
-    pieces = [jpeg_encode(piece, level=80, colorspace="rgb", outcolorspace="ycbcr") for piece in _pieces()]
+    pieces = _pieces()
     chosen = np.random.default_rng(0).integers(len(pieces), size=(width // PIECE_PX) * (height // PIECE_PX))
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
         tiff.write(
@@ -43,11 +43,13 @@ def tile_coords(k: int, tile_px: int) -> np.ndarray:
     return np.stack([index % COLUMNS, index // COLUMNS], axis=1) * tile_px
 
 
-def _pieces() -> Iterator[np.ndarray]:
-    """Yield squares of a drawn slide that show tissue."""
+@cache
+def _pieces() -> list[bytes]:
+    """Draw a slide, and return its squares that show tissue, as JPEG."""
     image = draw_slide(np.random.default_rng(0), atypical=True)
     rows, columns = (side // PIECE_PX for side in image.shape[:2])
     squares = rearrange(
         image[: rows * PIECE_PX, : columns * PIECE_PX], "(r h) (c w) x -> (r c) h w x", h=PIECE_PX, w=PIECE_PX
     )
-    yield from (np.ascontiguousarray(square) for square in squares if square.std() > CONTENT)
+    shown = (np.ascontiguousarray(square) for square in squares if square.std() > CONTENT)
+    return [jpeg_encode(square, level=80, colorspace="rgb", outcolorspace="ycbcr") for square in shown]

@@ -58,8 +58,7 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
         device: "cpu" or "cuda". The memory of a GPU is not watched from outside.
         log: the file for all output of the processes.
     """
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, _end)
+    before = {each: signal.signal(each, _end) for each in (signal.SIGTERM, signal.SIGHUP)}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,6 +93,8 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def _end(number: int, _: object) -> None:

@@ -10,25 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slidescale.engine.api import make_step
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.demo_drawing import MPP_UM
 from slidescale.engine.data.manifest import Manifest, ManifestRow
 from slidescale.engine.data.prefetch import TileReader, TileRequest
 from slidescale.engine.data.tiling import TileSpec, Tiling
-from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh, make_mesh
+from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.ds_config import complete_ds_config
-from slidescale.engine.strategies.held import Holding
-from slidescale.engine.strategies.make import StrategyName, make_strategy
+from slidescale.engine.strategies.make import Optimizing
 from slidescale.engine.strategies.schedule import Schedule
 from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.feed import Feed
-from slidescale.engine.training.plan import make_offload, measure_model, plan_step
-from slidescale.engine.training.step import TrainStep
 from slidescale.kernels.dispatch import choose_kernels
 
 from cells.communication import Communication, CountingStopwatch
@@ -198,60 +195,56 @@ class Way(ABC):
 
 
 class EngineWay(Way):
-    """The engine, as `slidescale.engine.run.run` puts it together."""
+    """The engine, as a run puts it together."""
 
-    def __init__(self, cell: Cell, source: Source, device: torch.device, folder: Path) -> None:
-        super().__init__(cell, source, device)
-        self._mesh = Mesh(device=device) if cell.strategy == "single" else make_mesh(device, "all")
-        self._config = config = cell.config(offload_folder=folder)
-        name: StrategyName = "zero" if cell.strategy.startswith("zero") else cell.strategy  # type: ignore[assignment]
-        bf16, schedule = cell.dtype == "bfloat16", cell.schedule()
+    def __init__(self, cell: Cell, source: Source, mesh: Mesh, folder: Path) -> None:
+        super().__init__(cell, source, mesh.device)
+        config, schedule, bf16 = cell.config(folder), cell.schedule(), cell.dtype == "bfloat16"
+        zero = cell.strategy.startswith("zero")
         ds_config = None
-        if name == "zero":
-            zero = {"zero_optimization": {"stage": int(cell.strategy[-1])}}
-            ds_config = complete_ds_config(zero, config, schedule, bf16=bf16)
-        model = self.model()
-        measured = meta_copy(model)
-        self._strategy = make_strategy(
-            name, model, config, schedule, self._mesh, device, ds_config=ds_config, bf16=bf16
+        if zero:
+            stage = {"zero_optimization": {"stage": int(cell.strategy[-1])}}
+            ds_config = complete_ds_config(stage, config, schedule, bf16=bf16)
+        memory = config.memory
+        self._config = config
+        self._step = make_step(
+            self.model(),
+            Optimizing.as_settings_say(config.optim, schedule, ds_config),
+            CrossEntropy((), len(CLASSES)).to(mesh.device),
+            mesh=mesh,
+            strategy="zero" if zero else cell.strategy,
+            ds_config=ds_config,
+            chunk=memory.chunk,
+            budget=memory.budget,
+            policy=memory.policy,
+            offload_folder=memory.offload_folder,
         )
-        footprint = measure_model(measured, source.reader.blank(1), config.memory, k=cell.k, mesh=self._mesh)
-        self._plan = plan = plan_step(
-            footprint,
-            config.memory,
-            Holding.of(config.parallel, self._strategy.name, ds_config, self._mesh, config.optim.optimizer),
-            k=cell.k,
-            prefetch=config.data.prefetch,
-            mesh=self._mesh,
-        )
+        plan = self._step.prepare(source.reader.blank(1), cell.k, prefetch=config.data.prefetch)
         self.chunk = plan.chunk
         self.details = {"chunks": plan.chunks, "stored": plan.stored, "planned_gib": plan.peak / 2**30}
-        self._offload = make_offload(config.memory, self._mesh)
-        objective = CrossEntropy((), len(CLASSES)).to(device)
-        self._step = TrainStep(self._strategy, objective, self._mesh, chunk=plan.chunk, offload=self._offload)
 
     def steps(self, k: int, count: int) -> Iterator[dict[str, float]]:
         """An epoch of as many slides."""
-        cohort = self.source.cohort(k, count, self._mesh)
-        for batch in Feed(self._config, cohort, self.source.reader, self._mesh, self._plan).epoch(0):
-            yield self._step(batch).seconds
+        mesh = self._step.mesh
+        for batch in Feed(self._config, self.source.cohort(k, count, mesh), self.source.reader, mesh).epoch(0):
+            yield self._step.take(batch).seconds
 
     def count(self, k: int) -> dict[str, list[dict[str, Any]]]:
         """What a rank says to others in a step on K tiles, as `Communication.told` has it."""
-        communication, timing = Communication(), self._step.stopwatch
-        self._step.stopwatch = CountingStopwatch(self.device, communication)
+        communication, step = Communication(), self._step.train_step
+        timing, step.stopwatch = step.stopwatch, CountingStopwatch(self.device, communication)
         with communication:
             list(self.steps(k, 1))
-        self._step.stopwatch = timing
+        step.stopwatch = timing
         return communication.told()
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Put together from all ranks."""
-        for name, parameter in self._strategy.model.named_parameters():
-            yield name, self._strategy.whole(parameter)
+        strategy = self._step.strategy
+        for name, parameter in strategy.model.named_parameters():
+            yield name, strategy.whole(parameter)
 
     def close(self) -> None:
         """And delete what was offloaded to disk."""
         super().close()
-        if self._offload:
-            self._offload.close()
+        self._step.close()

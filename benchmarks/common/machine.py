@@ -1,17 +1,14 @@
 """What a benchmark was measured on: processor or GPU, versions and commit."""
 
-import hashlib
 import os
 import platform
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from slidescale.engine.training.provenance import provenance
 
 
 def describe_processor(device: str, count: int | None = None) -> str:
@@ -30,34 +27,15 @@ def describe_processor(device: str, count: int | None = None) -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Describe the machine and the software; results of two commands are comparable where this is equal."""
-    packages = ("slidescale", "torch", "deepspeed", "timm", "openslide-python")
-    return {
-        "machine": describe_processor(device),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "commit": _commit(),
-    }
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"machine": describe_processor(device), "memory_gib": memory, **provenance()}
 
 
 def machine_line(stamp: dict[str, Any]) -> str:
     """Write the result of `describe_machine` in one line."""
-    commit, *changes = str(stamp["commit"]).split("+")
-    short = commit[:12] + (" with changes" if changes else "")
+    commit, _, changes = str(stamp["commit"]).partition("-dirty-")
+    versions = stamp["versions"]
     return (
-        f"{stamp['machine']}, {stamp['memory_gib']:.0f} GiB; PyTorch {stamp['torch']}, DeepSpeed {stamp['deepspeed']}, "
-        f"timm {stamp['timm']}; commit {short}"
+        f"{stamp['machine']}, {stamp['memory_gib']:.0f} GiB; PyTorch {versions['torch']}, DeepSpeed "
+        f"{versions['deepspeed']}, timm {versions['timm']}; commit {commit[:12]}{' with changes' * bool(changes)}"
     )
-
-
-def _commit() -> str | None:
-    """The commit of the code, with a digest of what has changed in it since; None outside of a git checkout."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["diff", "HEAD", "--", "engine", "kernels", "benchmarks"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    digest = hashlib.blake2b(changes.encode(), digest_size=4).hexdigest()
-    return commit.strip() + (f"+{digest}" if changes else "")

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -52,10 +53,14 @@ def all_variants() -> list[Any]:
 
 def compile_all() -> list[Compiled]:
     """Compile all forms for all architectures, with one process per processor."""
+    return compile_forms(range(len(all_variants())))
+
+
+def compile_forms(places: Sequence[int]) -> list[Compiled]:
+    """Compile the forms at these places of `all_variants` for all architectures."""
     os.environ.pop("TRITON_INTERPRET", None)  # its kernels cannot be compiled
-    jobs = len(all_variants())
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        return [each for compiled in tqdm(pool.map(_compile, range(jobs)), total=jobs) for each in compiled]
+        return [each for form in tqdm(pool.map(_compile, places), total=len(places)) for each in form]
 
 
 def _compile(index: int) -> list[Compiled]:

@@ -7,7 +7,6 @@ per rank.
 import argparse
 import copy
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,10 +26,11 @@ from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh, is_main_rank, make_mesh, pick_device, start_world, stop_world
+from slidescale.engine.parallel.mesh import Mesh, join, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.strategies.make import StrategyName, make_strategy
+from slidescale.engine.process.launcher import is_main_rank
+from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
 from slidescale.kernels.dispatch import choose_kernels
 
 from cells.drawn_slide import tile_coords
@@ -79,20 +79,16 @@ def calibrate(cell: Cell, *, slides: dict[int, Path], limits: Limits, log: Path)
 
 def run(cell: Cell, slides: dict[int, Path]) -> dict[str, Any]:
     """Measure everything as one rank; return the figures of the slowest rank."""
-    device = pick_device(int(os.environ["LOCAL_RANK"]))
     keep_freed_memory()
-    alone = cell.ranks == 1
-    if not alone:
-        start_world(device)
-    world = RankGroup() if alone else RankGroup(dist.get_rank(), dist.get_world_size())
-    mesh = Mesh() if alone else make_mesh(device, "all")
+    mesh = join()
+    world, device = mesh.world, mesh.device
     model = fresh_model(cell, device)
     found: dict[str, Any] = computing(model, cell, world, device)
     found["update_s"] = {
-        name: updating(name, cell, mesh, world, device) for name in (["single"] if alone else ["ddp", "fsdp"])
+        name: updating(name, cell, mesh, world, device) for name in (["single"] if world.size == 1 else ["ddp", "fsdp"])
     }
     found["read_s"] = {side: reading(path, replace(cell, tile=side), world) for side, path in slides.items()}
-    found["links"] = {} if alone else links(world, device)
+    found["links"] = {} if world.size == 1 else links(world, device)
     stop_world()
     return found
 
@@ -132,10 +128,8 @@ def computing(model: SlideModel, cell: Cell, world: RankGroup, device: torch.dev
 
 def updating(name: StrategyName, cell: Cell, mesh: Mesh, world: RankGroup, device: torch.device) -> float:
     """Time the gradient norm and optimizer step of a strategy."""
-    bf16 = cell.dtype == "bfloat16"
-    strategy = make_strategy(
-        name, fresh_model(cell, device), cell.config(), cell.schedule(), mesh, device, ds_config=None, bf16=bf16
-    )
+    optimizing = Optimizing.as_settings_say(cell.config().optim, cell.schedule())
+    strategy = make_strategy(name, fresh_model(cell, device), optimizing, mesh)
 
     def fill() -> None:
         for parameter in strategy.model.parameters():

@@ -3,45 +3,26 @@
 import errno
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from slidescale.engine.commands.requests import ExportRequest
 from slidescale.engine.commands.trained import TrainedRun, load_run
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import check_output, replacing, write_json
-from slidescale.engine.models.encoder import Encoder, timm_recipe
+from slidescale.engine.models.backbone import timm_recipe
+from slidescale.engine.models.custom import is_custom
+from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.training.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """Write the encoder of a run's best epoch for timm: weights, and a JSON beside them that says how to load them.
-
-    Adapters (--model.lora-rank) are merged into the weights.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/egfr."""
-    out: Path = Path("encoder.safetensors")
-    """File to write; the description goes to the same name with .json."""
-    weights: Path | None = None
-    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        if self.out.suffix != ".safetensors":
-            raise ConfigError(f"--out is {self.out}: must end in .safetensors, by which timm knows the format")
 
 
 def export_encoder(request: ExportRequest) -> None:
@@ -51,6 +32,11 @@ def export_encoder(request: ExportRequest) -> None:
         UserError: the run cannot be used, or the files cannot be written.
     """
     run = load_run(request.run, torch.device("cpu"), encoder_weights=request.weights)
+    if is_custom(run.config.model.encoder):
+        raise ConfigError(
+            f"{request.run}: its encoder, {run.config.model.encoder}, is not one that timm can build; its weights are "
+            f"in {run.folder / WEIGHTS}, under names that begin with encoder.backbone."
+        )
     backbone = run.model.encoder.backbone
     merge_adapters(backbone)
     about = describe(run, request.out.name)
@@ -62,13 +48,13 @@ def export_encoder(request: ExportRequest) -> None:
         with replacing(request.out) as unfinished:
             save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, unfinished, metadata)
         write_json(sidecar, about)
-    except (OSError, SafetensorError) as error:  # the library's own, of a full disk, say
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own, for a full disk, say
         raise UserError(f"cannot write {request.out}: {error}") from None
     log.info("%s in %s; how to load it: %s", run.config.model.encoder, request.out, sidecar)
 
 
 def _check_places(request: ExportRequest, run: TrainedRun, sidecar: Path) -> None:
-    """Refuse to write over inputs, and over what is no earlier export.
+    """Refuse to write over inputs, and over anything but an earlier export.
 
     Raises:
         OSError: says what is there.
@@ -84,7 +70,7 @@ def _check_places(request: ExportRequest, run: TrainedRun, sidecar: Path) -> Non
 
 
 def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
-    """What one must know to use the encoder, with the lines of Python that load and call it."""
+    """Everything needed to use the encoder, with the lines of Python that load and call it."""
     config, encoder = run.config, run.model.encoder
     assert isinstance(encoder, Encoder), "a trained run has its encoder, also a frozen one"
     name, options = timm_recipe(encoder.name, config.data.tile_px)
@@ -103,8 +89,8 @@ def describe(run: TrainedRun, file_name: str) -> dict[str, Any]:
         "mpp_um": config.data.mpp_um,
         "mean": mean,
         "std": std,
-        "input": "RGB tiles of tile_px pixels at mpp_um µm a pixel, scaled to 0..1, less mean, divided by std, channel "
-        "by channel",
+        "input": "RGB tiles of tile_px pixels at mpp_um µm per pixel, scaled to 0..1, less mean, divided by std, "
+        "channel by channel",
         "trained_by": run.title,
         "python": [
             "import timm, torch",

@@ -1,15 +1,15 @@
 """A trained run, as its folder holds it: config.json and model.safetensors are enough to have the model again.
 
-All but a frozen encoder, whose weights are not the run's: it is built from where its settings say that they are.
+Only a frozen encoder's weights are not in them: they are read from where the run's settings say that they are.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from slidescale.engine.commands.requests import Precision
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.make import make_model
@@ -23,8 +23,6 @@ from slidescale.engine.training.run_folder import read_record
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 from slidescale.kernels.dispatch import choose_kernels
 
-Precision = Literal["fp32", "bf16"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
@@ -34,8 +32,8 @@ class TrainedRun:
         model: whole, on one device, in evaluation mode.
         config: all settings of the run.
         classes: names of what is predicted, as `Manifest.classes`.
-        objective: says what the model's logits mean.
-        epoch: completed epochs, of which this is the last.
+        objective: the meaning of the model's logits.
+        epoch: number of completed epochs.
         step: optimizer steps taken.
     """
 
@@ -59,10 +57,10 @@ def load_run(
     """Build the model of a run and give it the weights of its best epoch, whatever strategy it was trained under.
 
     Args:
-        folder: of the run, `runs/<name>`.
-        precision: of matrix products. "fp32" is full fp32: also the TF32 of NVIDIA's GPUs is turned off, for the whole
-            process.
-        encoder_weights: of a frozen encoder, in place of those that the run's settings name.
+        folder: the run's, `runs/<name>`.
+        precision: arithmetic of matrix products. "fp32" is full fp32: the TF32 of NVIDIA's GPUs is turned off as well,
+            for the whole process.
+        encoder_weights: file of a frozen encoder's weights, in place of the one that the run's settings name.
 
     Raises:
         UserError: there is no such run, no epoch of it is finished, its files do not belong together, another version
@@ -90,7 +88,7 @@ def load_run(
     untrained = dataclasses.replace(config, memory=dataclasses.replace(config.memory, checkpoint_blocks=False))
     if encoder_weights is not None and not config.model.frozen:
         raise ConfigError(f"--weights is {encoder_weights}: the encoder of {folder} is not frozen, and has its own")
-    # Of the same structure, without its starting weights, which may be gone; a frozen encoder has no others.
+    # The same structure without its starting weights, which may be gone; a frozen encoder has no others.
     if not config.model.frozen or encoder_weights is not None:
         untrained = dataclasses.replace(
             untrained, model=dataclasses.replace(config.model, pretrained=False, weights=encoder_weights)

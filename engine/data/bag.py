@@ -19,7 +19,7 @@ class Bag:
     Attributes:
         coords: int64 `[K, 2]`, level-0 (x, y) of the tiles, in reading order.
         side_px: a tile's side in level-0 pixels.
-        seed: of everything random that happens to the bag.
+        seed: for everything random that happens to the bag.
     """
 
     row: ManifestRow
@@ -44,7 +44,7 @@ def places(coords: np.ndarray, side_px: float) -> Tensor:
 
 
 def bag_size(tiling: Tiling, k: int | Literal["all"]) -> int:
-    """How many tiles a slide's bag will have."""
+    """Number of tiles that a slide's bag will have."""
     return len(tiling.coords) if k == "all" else min(k, len(tiling.coords))
 
 
@@ -63,7 +63,7 @@ def draw_bag(row: ManifestRow, tiling: Tiling, k: int | Literal["all"], *, seed:
 
 
 def epoch_size(slides: int, share: float) -> int:
-    """How many of the slides an epoch takes: their share, rounded, and at least one of them."""
+    """Number of slides that an epoch takes: their share, rounded, and at least one."""
     return min(slides, max(1, round(share * slides)))
 
 
@@ -71,7 +71,7 @@ def epoch_order(rows: list[ManifestRow], *, seed: int, epoch: int, share: float 
     """The slides of an epoch, shuffled; which and in what order depends on (seed, epoch) only.
 
     Args:
-        share: of the rows, drawn anew each epoch without regard to class.
+        share: part of the rows that is drawn, anew each epoch and without regard to class.
     """
     order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(len(rows))
     return [rows[index] for index in order[: epoch_size(len(rows), share)]]

@@ -1,4 +1,4 @@
-"""The cohort in use: the manifest's slides with their tilings, less those that proved unusable."""
+"""The cohort in use: the manifest's slides with their tilings, without those that proved unusable."""
 
 import logging
 from collections import defaultdict
@@ -35,12 +35,12 @@ class Fault(NamedTuple):
 
 
 def fault_of(slide_id: str, error: SlideError) -> Fault:
-    """What the other ranks are to hear of an error."""
+    """The fault that the other ranks are to hear of."""
     return Fault(slide_id, str(error), isinstance(error, SlideUnavailableError))
 
 
 class Cohort:
-    """Which slides can be used, the same on every rank.
+    """The slides that can be used, the same on every rank.
 
     Args:
         max_excluded: largest share of the manifest's slides that may be set aside at a time.
@@ -55,7 +55,7 @@ class Cohort:
         self.manifest = manifest
         self.tilings: dict[str, Tiling] = {}
         self.excluded: dict[str, str] = {}
-        self._passing: set[str] = set()  # of the excluded: what is tried again in the next epoch,
+        self._passing: set[str] = set()  # excluded slides that are tried again in the next epoch,
         self._held: set[str] = set()  # or when the run is resumed
         self._world = world
         self._max_excluded = max_excluded
@@ -123,11 +123,15 @@ class Cohort:
 
     @property
     def lasting(self) -> dict[str, str]:
-        """Of `excluded`, what is set aside for good: not the slides that could only not be read when it was tried."""
+        """The part of `excluded` that is set aside for good: without slides that may be readable later."""
         return {name: why for name, why in self.excluded.items() if name not in self._passing | self._held}
 
     def exclude_faults(self, mine: Fault | None) -> None:
-        """Tell the other ranks of a slide that could not be read, hear of theirs, and set all these aside."""
+        """Exchange the slides that ranks could not read, and set all of them aside; every rank calls this.
+
+        Args:
+            mine: this rank's, if there is one.
+        """
         self.exclude(*(fault for fault in self._world.gather_objects(mine) if fault is not None))
 
     def exclude(self, *faults: Fault) -> None:
@@ -137,7 +141,7 @@ class Cohort:
             UserError: that is too many.
         """
         new: dict[str, Fault] = {}
-        # Several ranks read a slide: damage that one has seen outweighs that another could not read just then.
+        # Several ranks read a slide: damage seen by one outweighs a passing failure of another.
         for fault in sorted(faults, key=lambda fault: fault.passing):
             worse = fault.slide_id in self._passing and not fault.passing
             if fault.slide_id not in self.excluded or worse:
@@ -195,7 +199,7 @@ class Cohort:
             self._write()
 
     def _write(self) -> None:
-        """List what is set aside; a list that cannot be written costs the run nothing, for the log has it too."""
+        """List the slides that are set aside; the run goes on where that fails, for the log has them too."""
         if self._world.rank != 0:
             return
         rows = [(slide_id, self._paths[slide_id], why) for slide_id, why in self.excluded.items()]
@@ -205,7 +209,7 @@ class Cohort:
             log.warning("cannot write %s, and the run goes on without: %s", self._excluded_csv, error)
 
     def _reasons(self, slide_ids: Iterable[str]) -> str:
-        """A line for each slide, or, where these are many, for each reason."""
+        """One line per slide, or per reason where there are many slides."""
         chosen = list(slide_ids)
         if len(chosen) <= MOST_LINES:
             return "\n".join(f"  {slide_id}: {self.excluded[slide_id]}" for slide_id in chosen)

@@ -9,7 +9,7 @@ from slidescale.engine.data.demo_fields import GRID, noise, soft_step
 
 @dataclass(frozen=True, kw_only=True)
 class Nucleus:
-    """What nuclei of one kind look like; lengths in px, densities in units of haematoxylin."""
+    """The looks of nuclei of one kind; lengths in px, densities in units of haematoxylin."""
 
     semi_minor: tuple[float, float]
     """Mean and standard deviation of the semi-minor axis."""
@@ -63,7 +63,7 @@ def _at(field: np.ndarray, row: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def lie_anyhow(kind: Nucleus, rng: np.random.Generator, row: np.ndarray, col: np.ndarray) -> Population:
-    """Nuclei at the given points that lie in any direction."""
+    """A population of nuclei at the given points that lie in any direction."""
     return kind, row, col, rng.uniform(0, np.pi, len(row))
 
 
@@ -91,7 +91,7 @@ def epithelium(rng: np.random.Generator, glands_px: np.ndarray, lumens: np.ndarr
 
 
 def focus_nuclei(rng: np.random.Generator, inside: np.ndarray, kind: Nucleus) -> list[Population]:
-    """Crowd the foci with nuclei of one class's kind; the enlarged ones get a nucleolus each."""
+    """Crowd the foci with nuclei of one class; each of the enlarged ones gets a nucleolus."""
     row, col = scatter(rng, inside, FOCUS_SPACING_PX[kind])
     populations = [lie_anyhow(kind, rng, row, col)]
     if kind is ATYPICAL:

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: computed once a slide, kept on disk, and read as if they were tiles.
+"""Features of a frozen encoder: computed once per slide, kept on disk, and read as if they were tiles.
 
 A slide's file is a safetensors file with `features` fp32 `[N, D]` of all its tissue tiles, and their `coords` int64
 `[N, 2]` in the tiling's order.
@@ -27,17 +27,17 @@ FORMAT = 1
 
 
 class FeatureStore:
-    """The files of one encoder's features, a slide each.
+    """The files of one encoder's features, one per slide.
 
-    Names change with all that features follow from, so that stale ones are never found: the folder's with the
-    encoder, its weights, the tiles and the precision, a file's with the slide's file.
+    Names change with everything that features follow from, so that stale ones are never found: the folder's name with
+    the encoder, its weights, the tiles and the precision, a file's name with the slide's file.
 
     Args:
-        root: folder of all encoders' features.
-        encoder: name of the encoder.
-        fingerprint: of its weights and constants (see `frozen.fingerprint`).
-        precision: of its matrix products, "bf16" or "fp32".
-        dim: D.
+        root: folder with the features of all encoders.
+        encoder: the encoder's name.
+        fingerprint: digest of its weights and constants (see `frozen.fingerprint`).
+        precision: how its matrix products are computed, "bf16" or "fp32".
+        dim: D, the features' number of components.
     """
 
     def __init__(self, root: Path, spec: TileSpec, *, encoder: str, fingerprint: str, precision: str, dim: int) -> None:
@@ -48,7 +48,7 @@ class FeatureStore:
         self.dim = dim
 
     def file(self, slide: Path, mpp_um: float | None = None) -> Path:
-        """Where the features of a slide's file are, or would be.
+        """Path where the features of a slide's file are, or would be.
 
         Args:
             mpp_um: level-0 resolution of the slide in place of what its file states, here and below.
@@ -88,12 +88,12 @@ class FeatureStore:
         with replacing(self.file(slide, mpp_um)) as unfinished:
             try:
                 save_file({"features": features.contiguous(), "coords": torch.from_numpy(tiling.coords)}, unfinished)
-            except SafetensorError as error:  # of a full disk, too
+            except SafetensorError as error:  # also for a full disk
                 raise OSError(str(error)) from None
 
 
 class FeatureReader(TileReader):
-    """Reads features as `TileReader` reads tiles: a `Reading` holds fp32 `[n, D]` of the tiles that are asked for."""
+    """A reader of features in place of tiles: a `Reading` holds fp32 `[n, D]` of the n tiles that were asked for."""
 
     def __init__(self, store: FeatureStore, *, threads: int, pin: bool) -> None:
         super().__init__(store.spec, threads=threads, pin=pin)

@@ -25,7 +25,7 @@ class TileRequest:
 
     Attributes:
         coords: int64 `[n, 2]`, level-0 (x, y) of tiles of the slide's grid, as `Tiling.coords`.
-        mpp_um: level-0 resolution in place of what the file states.
+        mpp_um: level-0 resolution, µm per pixel, in place of what the file states.
     """
 
     path: Path
@@ -55,13 +55,13 @@ class Reading:
         return self.tiles
 
     def cancel(self) -> None:
-        """Give up what has not begun."""
+        """Give up the parts that have not begun."""
         for part in self._parts:
             part.cancel()
 
 
 class TileReader:
-    """Reads tiles with a pool of threads (OpenSlide leaves Python's lock while it decodes).
+    """A pool of threads that read tiles (OpenSlide leaves Python's lock while it decodes).
 
     Each thread keeps its last slide open, for the next request is often of the same slide, and no more than one,
     for an open slide holds tens of MiB.
@@ -98,7 +98,7 @@ class TileReader:
                 reading.cancel()
 
     def blank(self, n: int) -> Tensor:
-        """As many tiles without content, of the shape and dtype of those that are read."""
+        """Make n tiles without content, of the shape and dtype of those that are read."""
         return self._empty(n).zero_()
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class TileReader:
             for tile, (x, y) in zip(out, corners.tolist(), strict=True):
                 tile[:] = slide.read(x, y, size, self.spec.mpp_um)
         except SlideError:
-            self._close_mine()  # OpenSlide never recovers from an error
+            self._close_mine()  # a slide that raised must be opened anew
             raise
 
     def _open(self, path: Path, mpp_um: float | None) -> Slide:

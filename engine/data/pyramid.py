@@ -8,11 +8,11 @@ import numpy as np
 
 # Pixels of a level that lie this close to those wanted, in pixels of the level, are taken as they are.
 ALIGNED_PX = 0.02
-# A level's size is that of level 0 divided by one number, but for rounding by at most this many of its pixels.
+# A level's size is that of level 0 divided by one number, except for rounding by at most this many of its pixels.
 ROUNDING_PX = 2
 # Squares of a level that are compared with a finer one: side in the level's pixels, how many along each axis it is
 # searched for content with, how many with the most content are compared, and pixels that are averaged for that.
-PROBE_PX, PROBES_AN_AXIS, PROBES, PROBE_CELL_PX = 128, 4, 4, 2
+PROBE_PX, PROBES_PER_AXIS, PROBES, PROBE_CELL_PX = 128, 4, 4, 2
 # A square with a smaller standard deviation (grey levels) has no content, and is compared by its mean alone.
 CONTENT = 4.0
 LARGEST_MEAN_DIFFERENCE = 24.0
@@ -35,9 +35,9 @@ class Span(NamedTuple):
 
     Attributes:
         first, size: the pixels, from the level's beginning.
-        place: where OpenSlide is to read from, in level-0 pixels by its own downsample.
-        begin, end: of the region in what is read, in fractions of its pixels.
-        whole: pixels in each one wanted, where that is a whole number and they are aligned; or 0.
+        place: where the reader is to begin, in its own units (see `slide.SlideFile`).
+        begin, end: the region within what is read, in fractions of its pixels.
+        whole: pixels per wanted pixel, where that is a whole number and they are aligned; else 0.
     """
 
     first: int
@@ -52,7 +52,7 @@ Look = Callable[["Level", float, float, tuple[int, int], float], np.ndarray]
 
 
 def level_downsample(full: tuple[int, int], size: tuple[int, int]) -> tuple[float, float] | None:
-    """Level-0 pixels in a pixel of a level, (x, y); None if no one number fits width and height.
+    """Level-0 pixels per pixel of a level, (x, y); None if no one number fits width and height.
 
     Pyramids are made by powers of two, and what does not fill a pixel is dropped or filled up. So such a number is
     taken where both sides agree with it within a pixel; otherwise, the quotients of the sizes.
@@ -77,7 +77,7 @@ def same_picture(level: Level, finer: Level, look: Look) -> bool:
     """
     size = (min(PROBE_PX, level.width), min(PROBE_PX, level.height))
     xs, ys = (
-        np.unique(np.linspace(0, whole - part, PROBES_AN_AXIS).astype(int)).tolist()
+        np.unique(np.linspace(0, whole - part, PROBES_PER_AXIS).astype(int)).tolist()
         for whole, part in zip((level.width, level.height), size, strict=True)
     )
     cells = (max(1, size[0] // PROBE_CELL_PX), max(1, size[1] // PROBE_CELL_PX))
@@ -112,36 +112,36 @@ def same_content(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson's; 0 where one of them has a single value."""
+    """Pearson's correlation; 0 where one of them has a single value."""
     one, other = one - one.mean(), other - other.mean()
     norm = math.sqrt(float((one**2).sum()) * float((other**2).sum()))
     return float((one * other).sum()) / norm if norm > 0 else 0.0
 
 
-def span(begin: float, length: float, wanted: int, whole: int, downsample: float) -> Span:
+def span(begin: float, length: float, wanted: int, whole: int, steps: float) -> Span:
     """The pixels of a level that a region takes along one axis.
 
     Args:
-        begin, length: of the region, in pixels of the level.
-        wanted: pixels of the result.
-        whole: pixels that the level has. A filter's margin does not reach beyond them, where there is no tissue, but
-            the background's colour.
-        downsample: OpenSlide's for the level, the mean over both axes. It takes places in whole level-0 pixels only,
-            divides them by this, and interpolates where the quotient is not whole.
+        begin, length: the region's first pixel and its size, in pixels of the level.
+        wanted: the result's size in pixels.
+        whole: pixels that the level has. A filter's margin does not reach beyond them, where the reader gives the
+            background's colour and no tissue.
+        steps: units of the reader's places per pixel of the level (see `slide.SlideFile`). A reader takes places in
+            whole units only; where a place is between two of the level's pixels, it interpolates.
     """
     end = begin + length
     first, stop = round(begin), round(end)
-    place = round(first * downsample)
+    place = round(first * steps)
     if (
         stop > first
         and (stop - first) % wanted == 0
-        and max(abs(first - begin), abs(stop - end), abs(place / downsample - first)) <= ALIGNED_PX
+        and max(abs(first - begin), abs(stop - end), abs(place / steps - first)) <= ALIGNED_PX
     ):
         return Span(first, stop - first, place, 0, stop - first, (stop - first) // wanted)
     margin = math.ceil(max(1.0, length / wanted)) + 1
     low, high = math.floor(begin), math.ceil(end)
     first, stop = max(low - margin, min(0, low)), min(high + margin, max(whole, high))
-    place = math.floor(first * downsample + 1e-6)
-    offset = place / downsample  # at most a level-0 pixel before `first`: one more pixel, so that all is covered
+    place = math.floor(first * steps + 1e-6)
+    offset = place / steps  # at most a unit before `first`: one more pixel, so that all is covered
     size = stop - first + (offset < first - 1e-6)
     return Span(first, size, place, max(begin - offset, 0.0), min(end - offset, float(size)), 0)

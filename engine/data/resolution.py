@@ -1,35 +1,35 @@
-"""A slide's resolution: what its file states of it, how far that can be believed, and what takes its place."""
+"""A slide's resolution: what its file states, how far that can be believed, and what takes its place."""
 
 import math
 from collections.abc import Mapping
 
 from slidescale.engine.errors import SlideError
 
-# µm a pixel that a microscope's picture may have at all. 72, 96 and 300 dots per inch, which image programs write into
-# any file, are 353, 265 and 85.
+# µm per pixel that a microscope's picture may have at all. 72, 96 and 300 dots per inch, which image programs write
+# into any file, are 353, 265 and 85 µm per pixel.
 POSSIBLE_UM = (0.02, 20.0)
-# and that slides are scanned at: 0.11 is 80x or so, 4 is 2.5x.
+# µm per pixel that slides are scanned at: 0.11 is about 80x, 4 is 2.5x.
 USUAL_UM = (0.1, 4.0)
-# A scanner's µm a pixel times the power of its objective is about this (0.5 at 20x, 0.25 at 40x), within the factor.
+# A scanner's µm per pixel times the power of its objective is about this (0.5 at 20x, 0.25 at 40x), within the factor.
 UM_TIMES_POWER, POWER_FACTOR = 10.0, 1.6
 # Tiles are square: both axes must agree to this share.
 AXES_TOLERANCE = 0.02
 TAGS = ("openslide.mpp-x", "openslide.mpp-y")
-REMEDY = "state the slide's own, in µm a pixel, in the manifest's column mpp_um (--data.mpp-column)"
+REMEDY = "state the slide's own, in µm per pixel, in the manifest's column mpp_um (--data.mpp-column)"
 
 
 def resolution(
     properties: Mapping[str, str], default_mpp_um: float | None, mpp_um: float | None
 ) -> tuple[float, list[str]]:
-    """Level-0 µm a pixel of a slide, and what is doubtful about it.
+    """Level-0 µm per pixel of a slide, and what is doubtful about it.
 
     Args:
-        properties: of the file, as OpenSlide names them.
-        default_mpp_um: for a file that states none, or one that cannot be.
-        mpp_um: that a person has given for this slide; it comes before all others.
+        properties: what the file states, under OpenSlide's names.
+        default_mpp_um: taken for a file that states none, or an impossible one.
+        mpp_um: given by a person for this slide; it comes before all others.
 
     Raises:
-        SlideError: there is none to be had.
+        SlideError: the file states none that is possible, and no other is given.
     """
     if mpp_um is not None:
         return mpp_um, []
@@ -63,7 +63,7 @@ def _possible(values: list[str]) -> float | None:
 
 
 def _doubts(mpp_um: float, shown: str, properties: Mapping[str, str]) -> list[str]:
-    """What speaks against a resolution that may be."""
+    """Reasons to doubt a resolution that is possible."""
     low, high = USUAL_UM
     if not low <= mpp_um <= high:
         return [f"states an unusual resolution ({shown}), where slides have {low:g} to {high:g} µm/px"]

@@ -1,4 +1,4 @@
-"""Reading that goes on over a passing I/O error, as network file systems give them, and knows it from damage."""
+"""Reading that survives a passing I/O error, such as network file systems give, and knows it from damage."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ SOUND_SHARE = 0.2
 # Errors that waiting does not mend. All others may pass: EIO, ESTALE, ETIMEDOUT, EAGAIN, ENOTCONN, EMFILE, …
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 LASTING |= {errno.EINVAL, errno.ENXIO}
-# Bytes that are read of a file's beginning, middle and end, to see whether it can be read at all.
+# Bytes to read at a file's beginning, middle and end, to see whether it can be read at all.
 PROBE_BYTES = 4096
 
 
@@ -32,10 +32,10 @@ def reading(path: Path, what: str, attempt: Callable[[], Result], failures: tupl
     are broken for good (EIO) counts as passing.
 
     Args:
-        path: of the file.
-        what: of a message, what could not be done, with the path.
-        attempt: is called without arguments.
-        failures: what it raises when it could not read.
+        path: the file.
+        what: begins a message: what could not be done, with the path.
+        attempt: called without arguments.
+        failures: errors that it raises when it could not read.
 
     Raises:
         SlideUnavailableError: the file cannot be read now.
@@ -61,13 +61,13 @@ def reading(path: Path, what: str, attempt: Callable[[], Result], failures: tupl
 
 
 def fault(what: str, error: OSError) -> SlideError:
-    """An error of the system as one of the slide."""
+    """The slide's error for an error of the system."""
     kind = SlideError if error.errno in LASTING else SlideUnavailableError
     return kind(f"{what}: {_words(error)}")
 
 
 def look(path: Path) -> OSError | None:
-    """Read a little of a file's beginning, middle and end; the error that this met."""
+    """Read a little of a file's beginning, middle and end, and return the error that this met, if any."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         try:
@@ -84,7 +84,7 @@ def look(path: Path) -> OSError | None:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Changes when a file is written to or replaced; None where it cannot be looked at."""
+    """Numbers that change when a file is written to or replaced; None where they cannot be read."""
     try:
         status = path.stat()
     except (OSError, ValueError):

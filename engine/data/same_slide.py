@@ -1,4 +1,4 @@
-"""Which files of a manifest are one slide: another spelling, a link, a copy, or another image of a DICOM series."""
+"""Files of a manifest that are one slide: another spelling, a link, a copy, or another image of a DICOM series."""
 
 import hashlib
 import os
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 # Files that are read at the same time; a network file system answers each after milliseconds.
 THREADS = 16
-# What is compared of files of one size: pieces of so many bytes, first three of them, and where these agree as many as
-# make it certain (of uncompressed slides, three can be of empty glass).
+# Files of one size are compared by pieces of so many bytes: first by three of them, and where these agree by as many
+# as make it certain (in uncompressed slides, three can be empty glass).
 PIECE_BYTES, FEW, MANY = 65536, 3, 64
 # Bytes in which a DICOM file has named its series; a WSI's large attributes come after it.
 DICOM_HEAD_BYTES = 262144
@@ -27,7 +27,7 @@ UNDEFINED = 0xFFFFFFFF
 
 
 class Same(NamedTuple):
-    """Two rows that have one slide: indices among the files, and how that was seen."""
+    """Two rows that name one slide: indices among the files, and how that was seen."""
 
     first: int
     second: int
@@ -44,7 +44,7 @@ class Looked:
 
 
 def look_at(files: Sequence[Path]) -> list[Looked]:
-    """Whether each is a plain file, and what tells it from others."""
+    """Look at each file: whether it is a plain one, and what distinguishes it from others."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_look_at, files))
 
@@ -58,7 +58,7 @@ def same_slides(files: Sequence[Path], looked: Sequence[Looked]) -> list[Same]:
     to be the same, nor is a DICOM file in implicit VR or deflated.
 
     Args:
-        looked: what `look_at` has found; files with a fault are left out, and no file is a copy of an empty one.
+        looked: as `look_at` returns them; files with a fault are left out, and no file is a copy of an empty one.
     """
     usable = [index for index, found in enumerate(looked) if found.fault is None]
     found: dict[int, Same] = {}
@@ -88,7 +88,7 @@ def same_slides(files: Sequence[Path], looked: Sequence[Looked]) -> list[Same]:
 
 
 def _alike(indices: Sequence[int], keys: dict[int, str | None]) -> Iterator[list[int]]:
-    """Groups of two and more with one key."""
+    """Groups of two or more indices with one key."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index in indices:
         if (key := keys[index]) is not None:
@@ -105,13 +105,13 @@ def _look_at(path: Path) -> Looked:
         return Looked(fault=f"no file {path}: {getattr(error, 'strerror', None) or error}")
     if not stat.S_ISREG(status.st_mode):
         return Looked(fault=f"no file {path}: is " + ("a folder" if stat.S_ISDIR(status.st_mode) else "a device"))
-    # Where a file system has no inodes, the path tells files apart.
+    # Where a file system has no inodes, the path distinguishes files.
     inode = (status.st_dev, status.st_ino) if status.st_ino else (0, hash(path.resolve()))
     return Looked(inode, status.st_size)
 
 
 def _digest(path: Path, pieces: int) -> str | None:
-    """Of pieces of a file, from its first bytes to its last; None where it cannot be read, of which others tell."""
+    """Digest of pieces of a file, from its first bytes to its last; None where it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     with suppress(OSError), path.open("rb", buffering=0) as file:
         last = max(0, os.fstat(file.fileno()).st_size - PIECE_BYTES)
@@ -135,7 +135,7 @@ def _series_of(path: Path) -> str | None:
 
 
 def _series_in(head: bytes, at: int) -> str | None:
-    """Walk the elements of a dataset (DICOM PS3.5, 7.1) up to that of the series, past those nested in sequences.
+    """Walk the elements of a dataset (DICOM PS3.5, 7.1) to the series UID, past those nested in sequences.
 
     Raises:
         struct.error: the head ends before.

@@ -1,4 +1,4 @@
-"""Tilings: where the tissue of a slide is, as a grid of tiles; computed once a slide and kept."""
+"""Tilings: where the tissue of a slide is, as a grid of tiles; computed once per slide and kept."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from slidescale.engine.errors import SlideError
 from slidescale.engine.files import file_name, replacing
 
 # Tissue is judged on an image with this many pixels along a tile's side: enough to measure a share of its area.
-MASK_PX_A_TILE = 8
+MASK_PX_PER_TILE = 8
 # Saturation that separates tissue from glass. Otsu's threshold adapts it to the stain, within bounds that keep an
 # empty slide from turning its noise into tissue, and a slide full of tissue from losing its paler half.
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.05, 0.12
@@ -37,13 +37,13 @@ LIGHT_LEVEL, LEAST_LIGHT = 60, 0.005
 # To be raised when another tiling or other pixels follow from the same file and settings.
 VERSION = 2
 
-# What NumPy and the ZIP format have for a file that cannot be read or was changed.
+# Errors that NumPy and its ZIP reader raise for a file that cannot be read or was changed.
 DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileSpec:
-    """What a tile is: `tile_px` pixels square at `mpp_um`, of which a share of `min_tissue` is tissue."""
+    """Definition of a tile: `tile_px` pixels square at `mpp_um`, of which a share of `min_tissue` is tissue."""
 
     tile_px: int
     mpp_um: float
@@ -63,7 +63,7 @@ class Tiling:
         coords: int64 `[N, 2]`, (x, y) of each tile's top left corner in level-0 pixels, rounded to whole ones: a tile's
             name. Where it is read is exact (`exact_corners`).
         side_px: a tile's side in level-0 pixels (not an integer in general).
-        doubts: what is odd about the slide, in sentences for the log.
+        doubts: sentences for the log on what is odd about the slide.
     """
 
     coords: np.ndarray
@@ -99,7 +99,7 @@ def tile_slide(slide: Slide, spec: TileSpec) -> Tiling:
     if columns == 0 or rows == 0:
         raise SlideError(f"{slide.path}: {slide.width} × {slide.height} px is smaller than one tile ({side_px:.0f} px)")
     tissue = find_tissue(slide, side_px, columns, rows).astype(np.float32)
-    share = reduce(tissue, "(r a) (c b) -> r c", "mean", a=MASK_PX_A_TILE, b=MASK_PX_A_TILE)
+    share = reduce(tissue, "(r a) (c b) -> r c", "mean", a=MASK_PX_PER_TILE, b=MASK_PX_PER_TILE)
     row, column = np.nonzero(share >= spec.min_tissue)
     if len(row) == 0:
         raise SlideError(f"{slide.path}: no tissue: no tile is covered by {spec.min_tissue:.0%} or more")
@@ -114,7 +114,7 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path, *, mpp_um: float | No
         mpp_um: level-0 resolution of this slide in place of what its file states.
 
     Raises:
-        SlideError: see `Slide` and `tile_slide`.
+        SlideError: see `open_slide` and `tile_slide`.
         OSError: the tiling cannot be kept.
     """
     kept = cache / f"{cache_key(path, spec, mpp_um)}.npz"
@@ -134,13 +134,13 @@ def cached_tiling(path: Path, spec: TileSpec, cache: Path, *, mpp_um: float | No
 
 
 def find_tissue(slide: Slide, side_px: float, columns: int, rows: int) -> np.ndarray:
-    """Which pixels are tissue, bool `[rows · 8, columns · 8]`, aligned with the grid. Pen marks count as tissue.
+    """Mask of the tissue, bool `[rows · 8, columns · 8]`, aligned with the grid. Pen marks count as tissue.
 
     Raises:
         SlideError: the slide is dark, or cannot be read.
     """
-    mask_mpp_um = max(slide.mpp_um, slide.mpp_um * side_px / MASK_PX_A_TILE)
-    bands = slide.read_bands((columns * MASK_PX_A_TILE, rows * MASK_PX_A_TILE), mask_mpp_um)
+    mask_mpp_um = max(slide.mpp_um, slide.mpp_um * side_px / MASK_PX_PER_TILE)
+    bands = slide.read_bands((columns * MASK_PX_PER_TILE, rows * MASK_PX_PER_TILE), mask_mpp_um)
     looked_at = [stain_saturation(band) for band in bands]
     light = np.concatenate([light for _, light in looked_at]).mean()
     if light < LEAST_LIGHT:
@@ -153,13 +153,13 @@ def find_tissue(slide: Slide, side_px: float, columns: int, rows: int) -> np.nda
 
 
 def stain_saturation(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far from grey what stains absorb makes each pixel; and which pixels let light of every colour through.
+    """Saturation of each pixel as far as stain causes it, and which pixels let light of every colour through.
 
     Args:
         image: uint8 `[h, w, 3]`, RGB.
 
     Returns:
-        HSV saturation, fp32 `[h, w]`, 0 where it is too dark or the absorption too grey to be stain's; bool `[h, w]`.
+        HSV saturation, fp32 `[h, w]`, 0 where a pixel is too dark or its absorption too grey for stain; bool `[h, w]`.
     """
     levels = np.maximum(image, 1).astype(np.float32)  # a density of black is not defined
     lowest, highest = levels.min(axis=-1), levels.max(axis=-1)
@@ -176,7 +176,7 @@ def _otsu(values: np.ndarray) -> float:
 
 
 def cache_key(path: Path, spec: TileSpec, mpp_um: float | None = None) -> str:
-    """A name for what is kept of a slide's tiles; changes with the file and the settings, so that none is stale.
+    """Name for what is kept about a slide's tiles; it changes with the file and the settings, so that none is stale.
 
     Args:
         mpp_um: level-0 resolution of this slide in place of what its file states.
@@ -190,6 +190,6 @@ def cache_key(path: Path, spec: TileSpec, mpp_um: float | None = None) -> str:
     except OSError as error:
         raise fault(f"cannot open {path}", error) from None
     key = [str(resolved), status.st_size, status.st_mtime_ns, asdict(spec)]
-    key += [mpp_um, VERSION, MASK_PX_A_TILE, LOWEST_THRESHOLD, HIGHEST_THRESHOLD]
+    key += [mpp_um, VERSION, MASK_PX_PER_TILE, LOWEST_THRESHOLD, HIGHEST_THRESHOLD]
     key += [LEAST_ABSORPTION_CONTRAST, DARKEST_TISSUE, LIGHT_LEVEL, LEAST_LIGHT]
     return f"{file_name(path.stem)}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()}"

@@ -53,7 +53,8 @@ class Output(Generic[File]):
     Attributes:
         row: the slide.
         logits: `[classes]`, equal on every rank of the tile group.
-        weights: `[N]`, of each of the slide's tiles, on the CPU.
+        tiles: N, number of the slide's tiles.
+        weights: `[N]`, of each tile, on the CPU; None where the aggregator gives none.
         fault: why this rank could not read its tiles, if so; logits and weights of the slide mean nothing then, on any
             rank, and the caller passes the fault on to the other ranks.
         speaks: whether this rank is the one to pass the results on.
@@ -61,18 +62,20 @@ class Output(Generic[File]):
 
     row: File
     logits: Tensor
-    weights: np.ndarray
+    tiles: int
+    weights: np.ndarray | None
     fault: Fault | None
     speaks: bool
 
 
 class Prediction(NamedTuple):
-    """One slide's `Objective.predict` `[O]`, its loss, and the weight of each of its N tiles `[N]`."""
+    """One slide's `Objective.predict` `[O]`, its loss, its N tiles, and their weights `[N]`, if there are such."""
 
     row: ManifestRow
     output: np.ndarray
     loss: float
-    weights: np.ndarray
+    tiles: int
+    weights: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def evaluate(
         with torch.no_grad():
             target = torch.tensor(row.target, dtype=torch.float64, device=logits.device)
             loss = objective(logits, target).item()
-        mine = Prediction(row, objective.predict(logits).cpu().numpy(), loss, output.weights)
+        mine = Prediction(row, objective.predict(logits).cpu().numpy(), loss, output.tiles, output.weights)
         for prediction in mesh.world.gather_objects(mine if output.speaks else None):
             if prediction is None or prediction.row.slide_id in cohort.excluded:
                 continue
@@ -221,7 +224,8 @@ def run_model(
                 logits, weights = model.aggregate(torch.cat(features), each.places.to(device), mesh.tiles)
             # The first rank of a tile group speaks; where there are fewer slides than groups, the others are silent.
             speaks = mesh.tiles.rank == 0 and mesh.slide < len(each.rows)
-            yield Output(each.row, logits, mesh.tiles.gather_rows(weights).numpy(), fault, speaks)
+            gathered = None if weights is None else mesh.tiles.gather_rows(weights).numpy()
+            yield Output(each.row, logits, len(each.places), gathered, fault, speaks)
     finally:
         meter.close()
 

@@ -65,9 +65,9 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
             row.case_id,
             *kind.target_cells(names, row.target),
             *kind.output_cells(names, output),
-            len(weights),
+            tiles,
         )
-        for row, output, _, weights in evaluation.predictions
+        for row, output, _, tiles, _ in evaluation.predictions
     ]
     write_csv(path, header, rows)
 
@@ -76,7 +76,7 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
     """Attention over a few slides: uint8 pictures by file name, made of "<slide id>_<class>", or of the slide's id.
 
     Where slides have one class each, the classes take turns. Each picture has a legend, with the slide's name, what is
-    true of it and what is predicted.
+    true of it and what is predicted. An aggregator without weights of tiles has no pictures.
     """
     kind, names = supervision_of(evaluation.supervision), evaluation.names
     by_class: dict[str | None, list[Prediction]] = {name: [] for name in names}
@@ -84,7 +84,9 @@ def draw_heatmaps(evaluation: Evaluation, cohort: Cohort, config: DataConfig, *,
         by_class.setdefault(kind.group(names, prediction.row.target), []).append(prediction)
     chosen = [each for turn in zip_longest(*by_class.values()) for each in turn if each is not None]
     pictures: dict[str, np.ndarray] = {}
-    for row, output, _, weights in chosen[:count]:
+    for row, output, _, _, weights in chosen[:count]:
+        if weights is None:
+            continue
         try:
             with open_slide(row.path, default_mpp_um=config.default_mpp_um, mpp_um=row.mpp_um) as slide:
                 picture = attention_overlay(slide, cohort.tilings[row.slide_id], weights)

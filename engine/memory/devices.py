@@ -1,4 +1,4 @@
-"""Accelerators that a plan can name: figures of their data sheets, dense (without sparsity), per device."""
+"""Accelerators that a plan can name, with the figures of their data sheets: dense (without sparsity), per device."""
 
 from dataclasses import dataclass
 

@@ -51,7 +51,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Stayed:
-    """What autograd holds in a small tensor's place. `version` as it was saved: autograd no longer checks it itself."""
+    """What autograd holds in a small tensor's place, with its `version` then: autograd no longer checks it itself."""
 
     tensor: Tensor
     version: int
@@ -69,8 +69,8 @@ class Offload(ABC, Generic[Ticket]):
     checkpointing saves no more than its inputs, and those leave.
 
     Attributes:
-        bytes_out: that left the device, since the start.
-        bytes_back: that came back to it, since the start.
+        bytes_out: bytes that have left the device since the start.
+        bytes_back: bytes that have come back to it since the start.
     """
 
     def __init__(self, ahead: int) -> None:
@@ -104,7 +104,7 @@ class Offload(ABC, Generic[Ticket]):
 
     @abstractmethod
     def _send(self, content: Tensor, tensor: Tensor) -> int:
-        """Copy uint8 `[nbytes]`, on the device, out, and say where to; `tensor` is the one saved, in these bytes."""
+        """Copy uint8 `[nbytes]` out of the device and return where to; `tensor` is the one saved in these bytes."""
 
     @abstractmethod
     def _fetch(self, away: Away) -> Ticket:
@@ -197,7 +197,7 @@ class Offload(ABC, Generic[Ticket]):
 
 
 def _key(tensor: Tensor, start: int, nbytes: int) -> tuple[int, ...]:
-    """What tells one content from another: a storage, how often it was written to in place, and which bytes."""
+    """What identifies a content: a storage, how often it was written to in place, and which bytes."""
     return tensor.untyped_storage()._cdata, tensor._version, start, nbytes
 
 
@@ -224,7 +224,7 @@ def _view(part: torch.UntypedStorage, tensor: Tensor) -> Tensor:
 
 
 def modified(size: torch.Size) -> RuntimeError:
-    """What to raise where autograd would have: a saved tensor has been written to."""
+    """The error to raise, as autograd would have, when a saved tensor has been written to."""
     return RuntimeError(
         f"a tensor of size {list(size)} that the backward needs was modified by an in-place operation after autograd "
         "saved it; --memory.policy recompute or keep names the operation under torch.autograd.set_detect_anomaly(True)"

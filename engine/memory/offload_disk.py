@@ -16,13 +16,13 @@ from slidescale.engine.memory.usage import return_freed_memory
 from slidescale.engine.units import MIB, format_size
 
 DISK_AHEAD = 64 * MIB
-"""Bytes read ahead from disk of their use, and one storage: enough to hide a read behind a layer's backward."""
+"""Bytes read ahead of their use, beyond one storage: enough to hide a read behind a layer's backward."""
 STAGE = 16 * MIB
-"""Bytes of each of the two buffers through which storages go to disk: all that ever waits to be written is in them."""
+"""Bytes of each of the two buffers through which storages go to disk; all that waits to be written is in them."""
 
 
 class DiskOffload(Offload["Future[Tensor]"]):
-    """To a file, with plain reads and writes, so that resident memory falls on a machine without accelerator too.
+    """Offloads to a file, with plain reads and writes: resident memory falls on a machine without accelerator too.
 
     Two threads read and write beside the computation. Memory holds at most two buffers of STAGE bytes that wait to be
     written, and DISK_AHEAD bytes and one storage that were read ahead. The file has no name, so nothing is left behind

@@ -12,10 +12,10 @@ from slidescale.engine.memory.offload import Away, Note, Offload, Stayed, modifi
 from slidescale.engine.units import MIB, format_size
 
 HOST_AHEAD = 256 * MIB
-"""Bytes of device memory, and one storage, that copies to the host hold, and as many for copies back. The largest
-storage of a chunk has about this size, so that two are under way at a time."""
+"""Bytes of device memory, beyond one storage, that copies to the host may hold, and as many for copies back. The
+largest storage of a chunk has about this size, so that two are under way at a time."""
 SLAB = 256 * MIB
-"""Page-locked memory is taken in blocks of so many bytes; PyTorch rounds each up to a power of two."""
+"""Bytes of a block of page-locked memory; PyTorch rounds each up to a power of two."""
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class _Leaving:
 
 
 class HostOffload(Offload["tuple[Tensor, torch.cuda.Event]"]):
-    """To page-locked memory of the host, on streams of its own beside the computation. For GPUs.
+    """Offloads to page-locked memory of the host, on streams of its own beside the computation. For GPUs.
 
     The CPU never waits for a copy; the compute stream does, for an event: before memory that was copied out is used
     again, and before memory that was copied in is read. All device memory belongs to the compute stream, so the
@@ -45,8 +45,8 @@ class HostOffload(Offload["tuple[Tensor, torch.cuda.Event]"]):
         super().__init__(HOST_AHEAD)
         if device.type != "cuda":
             raise ConfigError(
-                f"--memory.offload-to host needs a GPU and this run computes on {device.type}, whose memory the host's "
-                "is: --memory.offload-to disk is what helps here"
+                f"--memory.offload-to host needs a GPU, and this run computes on {device.type}, in the host's memory: "
+                "use --memory.offload-to disk"
             )
         self._device = device
         self._out = torch.cuda.Stream(device)
@@ -137,7 +137,7 @@ class HostOffload(Offload["tuple[Tensor, torch.cuda.Event]"]):
                 ) from error
 
     def _pieces(self, offset: int, nbytes: int) -> Iterator[tuple[Tensor, slice]]:
-        """The host's memory at `offset`, slab by slab, and which rows of the `nbytes` each piece holds."""
+        """Pieces of the host's memory from `offset` on, slab by slab, and the rows of the `nbytes` that each holds."""
         done = 0
         while done < nbytes:
             slab, start = divmod(offset + done, SLAB)

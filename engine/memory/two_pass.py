@@ -29,9 +29,9 @@ class Chunks:
 
     Attributes:
         tiles: uint8 `[K_local, H, W, 3]` on the encoder's device.
-        size: tiles a chunk, at most.
+        size: tiles per chunk, at most.
         count: chunks to encode, the same on every rank of the world; those past this rank's tiles are empty.
-        seed: of the bag's randomness, the same on every rank.
+        seed: of everything random that happens to the bag, the same on every rank.
         offset: index in the bag of this rank's first tile.
     """
 
@@ -50,11 +50,11 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the forward leaves.
+    """Results of the forward.
 
     Attributes:
         features: `[K_local, D]` of all this rank's tiles, a leaf that wants its gradient.
-        graphs: of each chunk whose graph was stored, its rows and its features with the graph; encoded in this order.
+        graphs: rows and features, with the graph, of each chunk whose graph was stored, in the order of encoding.
     """
 
     features: Tensor
@@ -65,8 +65,8 @@ def encode(model: SlideModel, chunks: Chunks, stored: int = 0, saving: Saving = 
     """Encode all this rank's tiles.
 
     Args:
-        stored: of the chunks, the last so many keep their graph, so that the backward need not encode them again. The
-            last: the others' workspace is then free again before the first graph is stored.
+        stored: number of chunks that keep their graph, so that the backward need not encode them again. These are the
+            last ones, because the workspace of the others is then free before the first graph is stored.
         saving: opens a context in which autograd saves the tensors of a stored graph, where offloading takes them.
     """
     _refuse_batch_statistics(model.encoder)
@@ -113,8 +113,8 @@ def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward:
 def inject_zeros(model: SlideModel, chunks: Chunks, backward: Backward) -> None:
     """Give every parameter of the encoder a gradient of zeros, in place of `backpropagate`.
 
-    As a padding chunk does, and for its reason: ZeRO-3 would apply an earlier step's gradient to parameters that get
-    none, and FSDP2 reduces in the last backward through them.
+    A padding chunk does the same, for the same reason: ZeRO-3 would apply an earlier step's gradient to parameters that
+    get none, and FSDP2 reduces in the last backward through them.
     """
     rows = slice(0, 0)
     with _randomness(chunks, rows):

@@ -1,4 +1,4 @@
-"""Amounts of memory: what a rank has used, and how sizes are written."""
+"""Memory of this process: what it holds, has held, and could still take."""
 
 import ctypes
 import gc
@@ -10,7 +10,7 @@ import torch
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.units import GIB
 
-# What a container, or a cluster's scheduler, may take and has taken: control groups of version 2 and 1.
+# Memory that a container or a scheduler's job may take and has taken: control groups of version 2 and 1.
 CONTAINER_LIMITS = [
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -29,7 +29,7 @@ def peak_gib(device: torch.device) -> float:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / GIB  # it says kB, and counts in KiB
-    raise OSError("/proc/self/status does not tell the peak of resident memory")
+    raise OSError("/proc/self/status does not state the peak of resident memory")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -52,7 +52,7 @@ def available_bytes(device: torch.device) -> int:
     machine or in its container, for all its processes together.
 
     Raises:
-        ConfigError: the system does not tell.
+        ConfigError: the system does not say.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -66,7 +66,7 @@ def available_bytes(device: torch.device) -> int:
         if most.exists() and (text := most.read_text(encoding="ascii").strip()) != "max":
             limits.append(int(text) - int(used.read_text(encoding="ascii")))
     if not limits:
-        raise ConfigError("/proc/meminfo does not tell what is available: give --memory.budget")
+        raise ConfigError("/proc/meminfo does not state what is available: give --memory.budget")
     return max(0, min(limits))
 
 
@@ -79,17 +79,17 @@ def held_bytes(device: torch.device) -> int:
 
 
 def return_freed_memory() -> bool:
-    """Let glibc give large blocks back to the system as soon as they are freed; to be called before the model is built.
+    """Let glibc give large blocks back to the system as soon as they are freed; call it before the model is built.
 
     By default glibc keeps blocks of up to 32 MiB for itself once it has seen such a one freed, and as tensors of
     other sizes follow, resident memory grows by up to 60% of a chunk's activations beyond what is alive. With blocks
     from RETURNED bytes on mapped one by one, it follows what is alive within about 10%. The price is that the system
-    clears their pages again, 20% to 30% more processor time a step with ResNet-18; 6% (fp32) to 22% (bf16) with huge
+    clears their pages again, 20% to 30% more processor time per step with ResNet-18; 6% (fp32) to 22% (bf16) with huge
     pages, which PyTorch takes if THP_MEM_ALLOC_ENABLE=1 is in the environment when it starts. So it is for runs whose
     memory has a limit.
 
     Returns:
-        Whether it took effect: not without glibc.
+        Whether it took effect; without glibc it does not.
     """
     # The threshold last: setting it is what stops glibc from moving it.
     return (
@@ -98,13 +98,13 @@ def return_freed_memory() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """The opposite: let glibc keep all that it ever had, for runs whose memory has no limit.
+    """Let glibc keep all that it ever had, for runs whose memory has no limit: the opposite of `return_freed_memory`.
 
     Left alone, it gives the top of its memory back each time that a step's activations are freed, and the system clears
     the pages anew for the next step: 9% of the time of ResNet-18's steps under policy keep, and 5% under recompute.
 
     Returns:
-        Whether it took effect: not without glibc.
+        Whether it took effect; without glibc it does not.
     """
     return _mallopt(M_TRIM_THRESHOLD, -1) and _mallopt(M_MMAP_MAX, 0)
 

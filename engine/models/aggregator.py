@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slidescale.engine.config import PoolingName, SpreadName
-from slidescale.engine.models.dropout import current_draw, key_dropouts
+from slidescale.engine.config import PoolingName
+from slidescale.engine.models.dropout import current_draw
 from slidescale.engine.models.transformer import Transformer
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.kernels.dispatch import KernelName
@@ -14,7 +14,7 @@ from slidescale.kernels.gated_attention import Gate, GateDropout, Partial, gated
 
 
 class Pooled(NamedTuple):
-    """What a pooling returns.
+    """The result of a pooling.
 
     Attributes:
         features: of the whole slide, equal on every rank of the tile group: `[D]`, or of B branches `[B · D]`.
@@ -60,7 +60,7 @@ class GatedAttentionPooling(nn.Module):
         return Pooled(group.merge(partial).flatten(), weights.mean(dim=1))
 
     def extra_repr(self) -> str:
-        """As `print(model)` shows it."""
+        """The settings that `print(model)` shows."""
         branches, width = self.w_weight.shape
         return f"{branches} branches over a gate of {width}, dropout={self.dropout}, kernels={self.kernels!r}"
 
@@ -96,7 +96,7 @@ class SlideNorm(nn.Module):
     """Standardise each feature over the tiles of the slide (instance normalisation, Ulyanov et al. 2016, over a bag).
 
     An untrained encoder gives all tiles nearly the same features, and a slide's stain moves them all alike; both
-    drown what tells its tiles apart, which is what pooling has to find. The price is the slide's mean: what is the
+    drown the differences between its tiles, which pooling has to find. The price is the slide's mean: what is the
     same in all its tiles is lost to the classifier.
     """
 
@@ -117,9 +117,9 @@ class Aggregator(nn.Module):
     """Normalisation, projection, transformer, pooling, classifier; without the transformer, the arrangement of GMA
     (Campanella et al. 2024).
 
-    The projection is two Linear-ReLU-Dropout layers a tile; in the transformer's layers, if any, tiles attend to each
-    other; the classifier, one linear layer a slide, is replicated and sees the same pooled features on every rank.
-    In training, dropout draws by tile and must be told which these are: see `drawing_for` in `models/dropout.py`.
+    The projection is two Linear-ReLU-Dropout layers per tile; in the transformer's layers, if any, tiles attend to each
+    other; the classifier, one linear layer per slide, is replicated and sees the same pooled features on every rank.
+    In training, dropout draws by tile, for those that `drawing_for` in `models/dropout.py` names.
 
     Args:
         dim: D, of the encoder's features.
@@ -133,7 +133,6 @@ class Aggregator(nn.Module):
         slide_norm: standardise features over the slide's tiles first (see `SlideNorm`).
         transformer_layers: number of transformer layers; 0: tiles do not see each other before pooling.
         transformer_heads: attention heads of each.
-        transformer_spread: how they spread over ranks, "split" or "gathered" (see `Transformer`).
         kernels: that pool by gated attention.
     """
 
@@ -151,7 +150,6 @@ class Aggregator(nn.Module):
         slide_norm: bool = False,
         transformer_layers: int = 0,
         transformer_heads: int = 8,
-        transformer_spread: SpreadName = "split",
         kernels: KernelName = "torch",
     ) -> None:
         super().__init__()
@@ -171,7 +169,6 @@ class Aggregator(nn.Module):
                 layers=transformer_layers,
                 heads=transformer_heads,
                 dropout=dropout,
-                spread=transformer_spread,
             )
         self.pooling: nn.Module
         match pooling:
@@ -185,7 +182,6 @@ class Aggregator(nn.Module):
                 self.pooling = MaxPooling()
         branches = attention_branches if pooling == "gated_attention" else 1
         self.classifier = nn.Linear(branches * hidden_dim, classes)
-        key_dropouts(self, "aggregator")
 
     def forward(self, features: Tensor, coords: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
         """Aggregate the features of a tile group.

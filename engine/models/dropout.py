@@ -26,7 +26,7 @@ class Draw:
     count: int
 
     def uniform(self, layer: str, size: int, device: torch.device) -> Tensor:
-        """What a layer draws for each of the tiles: fp32 `[count, size]` in [0, 1), on `device`."""
+        """Uniform numbers that a layer draws for the tiles: fp32 `[count, size]` in [0, 1), on `device`."""
         tiles = torch.arange(self.first, self.first + self.count, device=device)
         return keyed_uniform(self.seed_for(layer), tiles, size)
 
@@ -75,7 +75,7 @@ class KeyedDropout(nn.Module):
     Args:
         p: probability of dropping, 0 < p < 1.
         whole: drop all of a tile's values or none (stochastic depth: Huang et al. 2016).
-        layer: name that tells this layer's masks from another's.
+        layer: name by which the masks of this layer differ from those of others.
     """
 
     def __init__(self, p: float, *, whole: bool, layer: str) -> None:
@@ -100,7 +100,7 @@ class KeyedDropout(nn.Module):
         return x * kept / (1 - self.p)
 
     def extra_repr(self) -> str:
-        """As `print(model)` shows it."""
+        """The settings that `print(model)` shows."""
         return f"p={self.p}, layer={self.layer!r}" + (", whole" if self.whole else "")
 
 

@@ -15,7 +15,7 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, first_line
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
@@ -31,15 +31,15 @@ class FoundationModel:
     """A published tile encoder.
 
     Attributes:
-        hub: its owner/name on the Hugging Face hub.
-        architecture: of timm.
-        options: for timm's constructor.
+        hub: owner/name on the Hugging Face hub.
+        architecture: timm's name of the network.
+        options: arguments of timm's constructor.
         normalisation: mean and standard deviation of the channels scaled to 0..1.
-        dim: D, of its features.
-        patch_px: side of its patches; a tile's side is a multiple of it.
+        dim: D, the number of components of its features.
+        patch_px: side of its patches in pixels; a tile's side is a multiple of it.
         concatenates: features are the class token beside the mean of the patch tokens, without registers; otherwise
             what timm's network returns, the class token.
-        parameters: number of values.
+        parameters: number of values in its weights.
         source: the publication.
         licence: in a few words.
     """
@@ -152,7 +152,7 @@ FOUNDATION_MODELS = {
 
 
 def find_foundation_model(name: str) -> tuple[str, FoundationModel] | None:
-    """The name here and the entry of a model called by that name or by the hub's, in any case; None if there is none.
+    """Find a model by its name here or on the hub, in any case: its name here and its entry; None if there is none.
 
     "UNI", "hf-hub:MahmoodLab/UNI", "MahmoodLab/uni" and "uni" are one.
     """
@@ -167,10 +167,10 @@ def find_foundation_model(name: str) -> tuple[str, FoundationModel] | None:
 def create_foundation_model(
     name: str, model: FoundationModel, tile_px: int, *, pretrained: bool, weights: str | None, **options: Any
 ) -> Any:
-    """Build the timm network, without weights, with the hub's, or with those of a file; they fit to the last value.
+    """Build the timm network, without weights, with those of the hub, or with those of a file; all must fit.
 
     Args:
-        options: more, for timm's constructor.
+        options: more arguments of timm's constructor.
 
     Raises:
         ConfigError: a tile is not made of whole patches, or the hub does not hand out the weights.
@@ -180,7 +180,7 @@ def create_foundation_model(
             f"--data.tile-px is {tile_px}, and {name} takes patches of {model.patch_px} px: it must be a multiple"
         )
     mean, std = model.normalisation
-    # A class of its own head, or none: with none, timm loads strictly.
+    # Without a classifier, timm loads strictly.
     published = {"mean": mean, "std": std, "num_classes": 0, "custom_load": False, "url": "", "file": weights}
     published |= {"hf_hub_id": model.hub, "hf_hub_filename": None, "input_size": (3, 224, 224)}
     try:
@@ -193,24 +193,20 @@ def create_foundation_model(
             **model.options,
             **options,
         )
-    except Exception as error:  # the hub's library has errors of its own, and those of the library that it asks by
+    except Exception as error:  # the hub's library has errors of its own, and passes on its HTTP library's
         if weights is not None or not pretrained:
             raise
         raise ConfigError(
-            f"--model.pretrained: cannot get {name} from the Hugging Face hub ({_first_line(error)}). Its weights are "
+            f"--model.pretrained: cannot get {name} from the Hugging Face hub ({first_line(error)}). Its weights are "
             f"gated: accept the licence at https://huggingface.co/{model.hub}, and log in with `hf auth login` or set "
             "HF_TOKEN; where there is no internet, bring the file and name it by --model.weights"
         ) from error
 
 
 def class_and_patch_tokens(tokens: Tensor, prefix: int) -> Tensor:
-    """Tokens `[n, T, D]`, of which the first is the class's, to `[n, 2 D]`: it, and the mean of the patches'.
+    """Tokens `[n, T, D]`, the class token first, to `[n, 2 D]`: the class token, and the mean of the patch tokens.
 
     Args:
-        prefix: tokens before the patches', the class's and registers.
+        prefix: number of tokens before the patch tokens: the class token and registers.
     """
     return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], dim=-1)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no more is told').splitlines()[0]}"

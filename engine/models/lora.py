@@ -13,13 +13,13 @@ from slidescale.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# The adapter's output is scaled by alpha / rank. Twice the rank keeps that at 2 whatever the rank, so that a learning
-# rate found at one rank serves at another.
+# The adapter's output is scaled by alpha / rank. Twice the rank keeps that at 2 at any rank, so that a learning rate
+# found at one rank serves at another.
 ALPHA_PER_RANK = 2
 
 
 def add_adapters(backbone: nn.Module, rank: int, example: Tensor) -> None:
-    """Freeze a backbone and give each of its linear layers an adapter, which alone is trained; in place.
+    """Give each linear layer of a backbone an adapter, which alone is trained from then on; in place.
 
     A layer's y = W x + b becomes y = W x + b + 2 B A x, A `[rank, in]` random and B `[out, rank]` zero, without
     dropout: at the start the outputs are the backbone's own. An attention layer that makes queries, keys and values
@@ -51,7 +51,7 @@ def add_adapters(backbone: nn.Module, rank: int, example: Tensor) -> None:
         )
     targets = "|".join(re.escape(name) for name in called)  # a pattern matches whole names, a list their ends as well
     settings = peft.LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=targets, lora_dropout=0.0)
-    peft.inject_adapter_in_model(settings, backbone)  # freezes all else
+    peft.inject_adapter_in_model(settings, backbone)  # nothing else trains from here on
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in backbone.named_parameters())
 
 
@@ -94,7 +94,7 @@ def _called_linear_layers(backbone: nn.Module, example: Tensor) -> list[str]:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that a forward leaves no trace in statistics; training mode afterwards."""
+    """Set evaluation mode, so that a forward leaves no trace in statistics, and training mode afterwards."""
     module.eval()
     yield
     module.train()

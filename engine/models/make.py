@@ -4,13 +4,16 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
-from slidescale.engine.config import Config
+from slidescale.engine.config import Config, ModelConfig
 from slidescale.engine.models.aggregator import Aggregator
+from slidescale.engine.models.custom import make_custom
 from slidescale.engine.models.encoder import Encoder, GivenFeatures
 from slidescale.engine.models.foundation import find_foundation_model
+from slidescale.engine.models.gathered import Gathered
 from slidescale.engine.models.packaged import PACKAGE, PACKAGED_ENCODER
-from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.models.slide_model import SlideModel, takes_places_and_group
 from slidescale.engine.seeding import seeded
 from slidescale.kernels.dispatch import KernelName
 
@@ -33,38 +36,44 @@ def make_model(config: Config, *, classes: int, bf16: bool, kernels: KernelName)
             kernels=kernels,
         )
         encoder.set_checkpointing(config.memory.checkpoint_blocks)
-        aggregator = Aggregator(
-            encoder.dim,
-            classes,
-            pooling=settings.pooling,
-            hidden_dim=settings.hidden_dim,
-            attention_dim=settings.attention_dim,
-            attention_branches=settings.attention_branches,
-            attention_dropout=settings.attention_dropout,
-            dropout=settings.dropout,
-            slide_norm=settings.slide_norm,
-            transformer_layers=settings.transformer_layers,
-            transformer_heads=settings.transformer_heads,
-            transformer_spread=settings.transformer_spread,
-            kernels=kernels,
-        )
+        aggregator = _make_aggregator(settings, encoder.dim, classes, kernels)
     return SlideModel(encoder, aggregator, autocast=torch.bfloat16 if bf16 else None)
 
 
+def _make_aggregator(settings: ModelConfig, dim: int, classes: int, kernels: KernelName) -> nn.Module:
+    if settings.aggregator is not None:
+        module = make_custom("--model.aggregator", settings.aggregator, dim, classes)
+        return module if takes_places_and_group(module) else Gathered(module)
+    return Aggregator(
+        dim,
+        classes,
+        pooling=settings.pooling,
+        hidden_dim=settings.hidden_dim,
+        attention_dim=settings.attention_dim,
+        attention_branches=settings.attention_branches,
+        attention_dropout=settings.attention_dropout,
+        dropout=settings.dropout,
+        slide_norm=settings.slide_norm,
+        transformer_layers=settings.transformer_layers,
+        transformer_heads=settings.transformer_heads,
+        kernels=kernels,
+    )
+
+
 def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
-    """Tell where an encoder's weights come from, of a foundation model also its source and licence, and warn of one
+    """Log where an encoder's weights come from, for a foundation model also its source and licence, and warn of one
     that can hardly learn as it is set up.
     """
     settings = config.model
     known = find_foundation_model(settings.encoder)
-    told = logging.INFO
+    level = logging.INFO
     if settings.weights:
         weights = f"those in {settings.weights}"
     elif not settings.pretrained:
         weights = "RANDOM"
         if config.data.manifest is not None:
             weights += "; use --model.pretrained or --model.weights FILE, unless that is meant"
-            told = logging.WARNING
+            level = logging.WARNING
     elif settings.encoder == PACKAGED_ENCODER:
         weights = f"ImageNet's, of the package {PACKAGE}"
     elif known:
@@ -73,7 +82,7 @@ def describe_encoder(config: Config, encoder: Encoder | GivenFeatures) -> None:
         published: Any = getattr(encoder.backbone, "pretrained_cfg", {})
         tag = published.get("tag")
         weights = f"those that timm has for {settings.encoder.split('.')[0]}" + (f" under the tag {tag}" if tag else "")
-    log.log(told, "weights: %s", weights)
+    log.log(level, "weights: %s", weights)
     if known:
         log.info("encoder %s: %s; licence: %s", known[0], known[1].source, known[1].licence)
     if settings.pretrained or settings.weights:

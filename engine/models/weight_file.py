@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, first_line
 
-# Where trainers keep the weights beside other things, what is used before what: averages of the weights, the teacher of
-# DINO and DINOv2 (which are what these publish), and then the weights as they were trained.
+# Names under which trainers keep weights beside other things, in the order in which they are taken: averages of the
+# weights, the teacher of DINO and DINOv2 (which these publish), and then the weights as they were trained.
 WRAPPERS = (
     "state_dict_ema",
     "model_ema",
@@ -28,8 +28,8 @@ WRAPPERS = (
     "encoder",
     "net",
 )
-# What trainers keep beside tensors, and holds values only: their command line, paths, and NumPy's numbers, which older
-# versions of NumPy name otherwise.
+# Classes that trainers keep beside tensors and that hold values only: their command line, paths, and NumPy's numbers,
+# which older versions of NumPy name otherwise.
 _NUMBER = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -43,13 +43,13 @@ SHOWN = 3
 
 
 def read_weight_file(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
-    """The weights in a file.
+    """Read the weights in a file.
 
-    Unwrapped are dictionaries such as {"state_dict": …}, and one prefix, such as DINO's "backbone.", Lightning's
-    "model.encoder." or DistributedDataParallel's "module."; what lies outside the prefix is left out.
+    Dictionaries such as {"state_dict": …} are unwrapped, and one prefix is removed, such as DINO's "backbone.",
+    Lightning's "model.encoder." or DistributedDataParallel's "module."; what lies outside the prefix is left out.
 
     Args:
-        path: .safetensors, or what `torch.save` writes.
+        path: a .safetensors file, or one that `torch.save` has written.
         expected: names of the network's own tensors. A file that has them under other names, for timm to translate,
             keeps its own.
 
@@ -73,16 +73,16 @@ def read_weight_file(path: Path, expected: Collection[str]) -> dict[str, Tensor]
 
 
 def own_names(state: dict[str, Tensor], expected: Collection[str]) -> str:
-    """A few of a file's names that the network does not have, in words."""
+    """Name a few of a file's tensors that the network does not have, in words."""
     foreign = [name for name in state if name not in expected] or list(state)
     return f"the file has {', '.join(foreign[:SHOWN])}{' …' if len(foreign) > SHOWN else ''}"
 
 
 def _read(path: Path) -> Any:
-    """What the file holds.
+    """Read whatever the file holds.
 
     Raises:
-        ConfigError: nothing that can be used.
+        ConfigError: it holds nothing that can be used.
     """
     try:
         with path.open("rb") as file:
@@ -103,9 +103,9 @@ def _read(path: Path) -> Any:
                 f"model.weights: {path} is a pickle of more than tensors, which would run code as it is read: save "
                 "its state dict alone, by torch.save(model.state_dict(), FILE)"
             ) from None
-        raise ConfigError(f"model.weights: {path} {_DAMAGED} ({_first_line(error)})") from None
+        raise ConfigError(f"model.weights: {path} {_DAMAGED} ({first_line(error)})") from None
     except (SafetensorError, EOFError, RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise ConfigError(f"model.weights: {path} {_DAMAGED} ({_first_line(error)})") from None
+        raise ConfigError(f"model.weights: {path} {_DAMAGED} ({first_line(error)})") from None
 
 
 _DAMAGED = "is cut short or damaged, or not a file of weights: fetch it again"
@@ -174,7 +174,3 @@ def _keys_of(content: Any) -> str:
         names = [str(name) for name in content]
         return f": the file has {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}" if names else ""
     return f": it is a {type(content).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no more is told').splitlines()[0]}"

@@ -12,7 +12,7 @@ class _AllReduceSum(torch.autograd.Function):
     """y = Σ_r x_r, the same y on every rank.
 
     Every rank holds its own x_r (one shape everywhere) and receives the whole y. A loss that each rank computes
-    from its copy of y is T losses to autograd, one a rank, so ∂(ΣL)/∂x_r = Σ_ranks ∂L_rank/∂y: the backward is
+    from its copy of y is T losses to autograd, one per rank, so ∂(ΣL)/∂x_r = Σ_ranks ∂L_rank/∂y: the backward is
     the same all-reduce. Nothing is saved: the map is linear.
     """
 

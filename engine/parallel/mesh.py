@@ -20,18 +20,13 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 PATIENCE = timedelta(hours=2)
 
 
-def is_main_rank() -> bool:
-    """Whether this process speaks for the world; known before the world has started."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def local_ranks() -> int:
     """The number of ranks on this machine, which torchrun and DeepSpeed's launcher call differently."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
 
 
 def check_launcher() -> None:
-    """Refuse to train alone, several times over, when a launcher has started several processes and told none its rank.
+    """Refuse to train alone, several times over, when a launcher has started several processes without ranks.
 
     Raises:
         UserError: srun or mpirun did.
@@ -39,8 +34,8 @@ def check_launcher() -> None:
     started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if "RANK" not in os.environ and started > 1:
         raise UserError(
-            f"{started} processes were started by srun or mpirun, and none is told its rank: let it start one torchrun "
-            "a machine (docs/slurm.sh)"
+            f"{started} processes were started by srun or mpirun, and none knows its rank: let it start one torchrun "
+            "per machine (docs/slurm.sh)"
         )
 
 
@@ -129,7 +124,7 @@ def make_mesh(device: torch.device, tile_ranks: int | str) -> Mesh:
 @cache  # groups of ranks are the world's, and the runs that follow each other in it share them
 def _arrange(device: torch.device, in_row: int) -> Mesh:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    assert ranks % in_row == 0, f"{in_row} ranks a slide of {ranks} ranks"
+    assert ranks % in_row == 0, f"{in_row} ranks per slide of {ranks} ranks"
     device_mesh = init_device_mesh(device.type, (ranks // in_row, in_row), mesh_dim_names=("slides", "tiles"))
     row = None if in_row == ranks else device_mesh.get_group("tiles")
     return Mesh(RankGroup(rank, ranks), TileGroup(rank % in_row, in_row, row), device_mesh, device)

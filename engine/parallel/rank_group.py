@@ -53,7 +53,7 @@ class RankGroup:
         return items
 
     def ask_main(self, question: Callable[[], Item]) -> Item:
-        """What rank 0 answers, on every rank; the others do not look for themselves.
+        """The answer of rank 0, on every rank; the others do not look for themselves.
 
         Raises:
             UserError: rank 0 did.

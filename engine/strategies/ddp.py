@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model, and gradients meet once a step.
+"""Data parallelism: every rank holds the whole model, and gradients meet once per step.
 
 PyTorch's DistributedDataParallel reduces in the backward of a module's own forward; a step here has many backwards,
 through two modules, so their sum is reduced once, when it is complete.

@@ -102,7 +102,7 @@ def complete_ds_config(
                 f'{where}{key} is {section[key]!r} and {ours} is {value!r}: change one, or write "auto" for the latter'
             )
 
-    settle(ds, "train_micro_batch_size_per_gpu", 1, "", "the number of slides of a tile group at a time")
+    settle(ds, "train_micro_batch_size_per_gpu", 1, "", "the number of slides that a tile group has at a time")
     settle(ds, "gradient_accumulation_steps", config.optim.accumulate, "", "--optim.accumulate")
     if ds.pop("train_batch_size", "auto") != "auto":
         problems.append('train_batch_size follows from the number of ranks: leave it out, or set it to "auto"')
@@ -214,7 +214,7 @@ def _params_of(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def offload_device(zero: dict[str, Any], name: str) -> str | None:
-    """Where ZeRO offloads to, "cpu" or "nvme"; None if it stays."""
+    """The device that ZeRO offloads to, "cpu" or "nvme"; None if it does not."""
     section = zero.get(name)
     device = section.get("device", "none") if isinstance(section, dict) else None
     return device if device in ("cpu", "nvme") else None

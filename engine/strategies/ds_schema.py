@@ -1,4 +1,4 @@
-"""What ds.json may hold, as DeepSpeed itself defines it."""
+"""The content that ds.json may have, as DeepSpeed itself defines it."""
 
 import inspect
 from typing import Any, get_args
@@ -64,7 +64,7 @@ def wrong_values(ds: dict[str, Any]) -> list[str]:
 
 
 def refusal(ds: dict[str, Any]) -> str | None:
-    """What DeepSpeed says against a complete configuration, or None.
+    """DeepSpeed's objection to a complete configuration, or None.
 
     It does so without knowing the number of ranks, so this can be called before they have met.
     """

@@ -1,6 +1,6 @@
 """FSDP2: PyTorch's own sharding of parameters, gradients and optimizer state.
 
-What `fully_shard` does under many backwards a step, with graphs of several chunks alive at once, was measured, not
+What `fully_shard` does under many backwards per step, with graphs of several chunks alive at once, was measured, not
 assumed, and `tests/test_equivalence.py` pins it.
 """
 
@@ -78,7 +78,7 @@ class FsdpStrategy(TorchStrategy):
         scheduler: makes a schedule for the optimizer.
         clip: the largest gradient norm to step with; 0 leaves gradients as they are.
         offload: keep shards, gradients and optimizer state in the host's memory.
-        hold: gather all parameters once a step, and not for each chunk.
+        hold: gather all parameters once per step, and not for each chunk.
         gather: dtype that parameters are gathered and computed with; None is their own.
         unit_numel: see UNIT_NUMEL.
     """

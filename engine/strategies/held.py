@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from slidescale.engine.config import OptimizerName, ParallelConfig
+from slidescale.engine.config import OptimConfig, OptimizerName, ParallelConfig
 from slidescale.engine.memory.footprint import Footprint
 from slidescale.engine.memory.needs import FP32
 from slidescale.engine.parallel.mesh import Mesh
@@ -70,6 +70,11 @@ class Holding:
             reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
             max_live=int(zero.get("stage3_max_live_parameters", MAX_LIVE)),
         )
+
+
+def optimizer_of(config: OptimConfig, ds_config: dict[str, Any] | None) -> str:
+    """The name, in lower case, of the optimizer that ds.json names, or else the settings."""
+    return str((ds_config or {}).get("optimizer", {}).get("type", config.optimizer)).lower()
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,20 @@
-"""Which strategy a run has, and making it."""
+"""Choosing a strategy, and making it."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from slidescale.engine.config import Config, ParallelConfig
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.config import Config, OptimConfig, ParallelConfig
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.strategies.held import optimizer_of
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, Schedule
 from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
@@ -36,7 +42,7 @@ def select_strategy(config: Config, *, ranks: int) -> StrategyName:
         raise ConfigError(f"--parallel.tile-ranks is {in_row}: it must divide the number of ranks, {ranks}")
     if wanted != "fsdp":
         set_for_fsdp = [
-            f"--parallel.{name.replace('_', '-')}"
+            flag(f"parallel.{name}")
             for name, value in vars(config.parallel).items()
             if name.startswith("fsdp_") and value != getattr(ParallelConfig(), name)
         ]
@@ -45,63 +51,148 @@ def select_strategy(config: Config, *, ranks: int) -> StrategyName:
     return wanted
 
 
+@dataclass(frozen=True)
+class Optimizing:
+    """Optimizer and scheduler of a model, made once a strategy has it, because FSDP2 replaces the parameters.
+
+    Attributes:
+        groups: of the model's parameters, as torch optimizers take them, none with parameters of both halves; each may
+            have a `name`, which begins with "encoder" or "aggregator".
+        optimizer: over these groups; None where ds.json names one.
+        scheduler: of that optimizer; None where there is none, or ds.json names one.
+        kind: of optimizer, in lower case, for the size of its state.
+    """
+
+    groups: Callable[[SlideModel], list[dict[str, Any]]]
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    kind: str = "adamw"
+
+    @classmethod
+    def as_settings_say(
+        cls, config: OptimConfig, schedule: Schedule, ds_config: dict[str, Any] | None = None
+    ) -> "Optimizing":
+        """Make the ones that `optim`'s settings name, unless a ds.json names its own.
+
+        Args:
+            ds_config: as completed.
+        """
+        named = ds_config or {}
+        return cls(
+            partial(parameter_groups, config=config),
+            None if "optimizer" in named else partial(make_optimizer, config=config),
+            None if "scheduler" in named else partial(GroupSchedule, config=config, schedule=schedule),
+            optimizer_of(config, ds_config),
+        )
+
+    @classmethod
+    def of(
+        cls, optimizer: Optimizer, scheduler: Callable[[Optimizer], LRScheduler] | None, model: SlideModel
+    ) -> "Optimizing":
+        """An optimizer that is there already, over the model's parameters as they are before a strategy has them.
+
+        Its groups are cut into those of the aggregator and those of the encoder, with the same settings.
+
+        Raises:
+            ConfigError: it has taken a step, has other parameters, or lacks one that trains.
+        """
+        if optimizer.state:
+            raise ConfigError(
+                "the optimizer has taken a step: make a new one, for the model may be spread over ranks now"
+            )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        grouped: list[list[str]] = []
+        halves = []
+        for group in optimizer.param_groups:
+            if strange := [list(parameter.shape) for parameter in group["params"] if parameter not in names]:
+                raise ConfigError(f"the optimizer has parameters that are not the model's, such as one of {strange[0]}")
+            for half in ("aggregator", "encoder"):
+                mine = [names[p] for p in group["params"] if names[p].startswith(f"{half}.")]
+                if mine:
+                    halves.append({**group, "params": [p for p in group["params"] if names[p] in mine]})
+                    grouped.append(mine)
+        known = {name for each in grouped for name in each}
+        if left := [name for name, p in model.named_parameters() if p.requires_grad and name not in known]:
+            raise ConfigError(
+                f"{len(left)} parameters train and are in no group of the optimizer, such as {left[0]}: add them, or "
+                "leave them as they are by requires_grad_(False)"
+            )
+        optimizer.param_groups[:] = halves
+
+        def groups(held: SlideModel) -> list[dict[str, Any]]:
+            parameters = dict(held.named_parameters())
+            for group, mine in zip(optimizer.param_groups, grouped, strict=True):
+                group["params"] = [parameters[name] for name in mine]
+            return optimizer.param_groups
+
+        kind = type(optimizer).__name__.lower()
+        return cls(groups, lambda _: optimizer, scheduler, kind)
+
+
 def make_strategy(
     name: StrategyName,
     model: SlideModel,
-    config: Config,
-    schedule: Schedule,
+    optimizing: Optimizing,
     mesh: Mesh,
-    device: torch.device,
     *,
-    ds_config: dict[str, Any] | None,
-    bf16: bool,
+    clip: float = 0.0,
+    ds_config: dict[str, Any] | None = None,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (it is frozen)
+    unit_numel: int | None = None,
 ) -> Strategy:
     """Hand the model over to its strategy.
 
     Args:
+        clip: the largest gradient norm to step with, unless ds.json says it; 0 never clips.
         ds_config: as completed, for "zero".
-        bf16: whether the model runs under bf16 autocast.
+        parallel: has the settings of "fsdp".
+        unit_numel: of "fsdp", the fewest parameters of a block that is gathered by itself; None: `fsdp.UNIT_NUMEL`.
     """
-    schedule_for = partial(GroupSchedule, config=config.optim, schedule=schedule)
-    clip = config.optim.clip
-    if name == "fsdp":
-        from slidescale.engine.strategies.fsdp import FsdpStrategy
+    scheduler = optimizing.scheduler
 
-        parallel = config.parallel
-        if parallel.fsdp_gather_bf16 and not bf16:
-            raise ConfigError("--parallel.fsdp-gather-bf16 needs bf16 arithmetic, and this run's is fp32")
-        if parallel.fsdp_gather_bf16 and model.encoder.has_batch_norm():
-            raise ConfigError(
-                f"--parallel.fsdp-gather-bf16: {config.model.encoder} has BatchNorm layers, whose statistics are fp32 "
-                "and do not mix with bf16 parameters; leave it off, or take an encoder with other normalisation"
-            )
+    def make_with(groups: list[dict[str, Any]]) -> Optimizer:
+        assert optimizing.optimizer is not None, "ds.json names the optimizer of strategy zero only"
+        return optimizing.optimizer(groups)
+
+    if name == "fsdp":
+        from slidescale.engine.strategies.fsdp import UNIT_NUMEL, FsdpStrategy
+
+        if parallel.fsdp_gather_bf16:
+            _check_gather_bf16(model)
         assert mesh.device_mesh is not None
         return FsdpStrategy(
             model,
             mesh.device_mesh if parallel.fsdp_shard == "tiles" else mesh.device_mesh._flatten("world"),
-            lambda sharded: make_optimizer(parameter_groups(sharded, config.optim), config.optim),
-            schedule_for,
-            device=device,
+            lambda sharded: make_with(optimizing.groups(sharded)),
+            scheduler,
+            device=mesh.device,
             clip=clip,
             offload=parallel.fsdp_offload,
             hold=parallel.fsdp_hold,
             gather=torch.bfloat16 if parallel.fsdp_gather_bf16 else None,
+            unit_numel=UNIT_NUMEL if unit_numel is None else unit_numel,
         )
-    groups = parameter_groups(model, config.optim)
+    groups = optimizing.groups(model)
     if name == "zero":
         from slidescale.engine.strategies.zero import ZeroStrategy  # DeepSpeed takes seconds to import
 
         assert ds_config is not None
-        return ZeroStrategy(
-            model,
-            groups,
-            None if "optimizer" in ds_config else make_optimizer(groups, config.optim),
-            None if "scheduler" in ds_config else schedule_for,
-            ds_config=ds_config,
-        )
-    optimizer = make_optimizer(groups, config.optim)
+        optimizer = make_with(groups) if optimizing.optimizer else None
+        return ZeroStrategy(model, groups, optimizer, scheduler, ds_config=ds_config)
+    optimizer = make_with(groups)
+    schedule = scheduler(optimizer) if scheduler else None
     if name == "ddp":
         from slidescale.engine.strategies.ddp import DdpStrategy
 
-        return DdpStrategy(model, optimizer, schedule_for(optimizer), device=device, clip=clip)
-    return SingleStrategy(model, optimizer, schedule_for(optimizer), device=device, clip=clip)
+        return DdpStrategy(model, optimizer, schedule, device=mesh.device, clip=clip)
+    return SingleStrategy(model, optimizer, schedule, device=mesh.device, clip=clip)
+
+
+def _check_gather_bf16(model: SlideModel) -> None:
+    if model.autocast != torch.bfloat16:
+        raise ConfigError("--parallel.fsdp-gather-bf16 needs bf16 arithmetic, and this run's is fp32")
+    if any(isinstance(module, _BatchNorm) for module in model.encoder.modules()):
+        raise ConfigError(
+            "--parallel.fsdp-gather-bf16: the encoder has BatchNorm layers, whose statistics are fp32 and do not mix "
+            "with bf16 parameters; leave it off, or take an encoder with other normalisation"
+        )

@@ -18,7 +18,7 @@ from slidescale.engine.config import OptimConfig
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.slide_model import SlideModel
 
-# What a run with apex needs, told wherever it is missing.
+# What a run with apex needs, for the messages where it is missing.
 INSTALL_APEX = (
     "install NVIDIA's from source, with its CUDA extensions: git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . (or take --optim.optimizer adamw)"
@@ -41,7 +41,7 @@ def parameter_groups(model: SlideModel, config: OptimConfig) -> list[dict[str, A
     position embeddings.
 
     Raises:
-        ConfigError: `layer_decay` is not 1, and timm does not tell the encoder's layers apart.
+        ConfigError: `layer_decay` is not 1, and timm does not number the encoder's layers.
     """
     backbone: Any = model.encoder.backbone
     exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()

@@ -1,4 +1,4 @@
-"""What each parameter group's learning rate and weight decay are, step by step, where ds.json names no scheduler."""
+"""Learning rate and weight decay of each parameter group, step by step, where ds.json names no scheduler."""
 
 import math
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def make_schedule(config: Config, *, steps_an_epoch: int) -> Schedule:
 class GroupSchedule(LRScheduler):
     """Sets each group's learning rate and weight decay from the number of optimizer steps taken.
 
-    Rates rise linearly to their peak, and then fall by a half cosine, which is the run's, to `min_lr_ratio` of it.
+    Rates rise linearly to their peak. Then they fall by a half cosine over the run to `min_lr_ratio` of it.
     The encoder's are 0 for `frozen_steps`, and then rise to the same cosine in as many steps as the aggregator's did,
     so that from there on they have their share of it again.
 
@@ -66,14 +66,14 @@ class GroupSchedule(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """Of each group, at `last_epoch` steps."""
+        """The learning rate of each group at `last_epoch` steps."""
         return [
             peak * self._rate(group["name"])
             for peak, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """One optimizer step further."""
+        """Advance by one optimizer step."""
         super().step(epoch)
         self._set_decay()
 
@@ -110,7 +110,7 @@ class GroupSchedule(LRScheduler):
 
 
 def _cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 (and before) down to 0 at `steps` (and after), by a half cosine."""
+    """A half cosine from 1 at step 0 (and before) down to 0 at `steps` (and after)."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step) / max(1, steps))))
 
 

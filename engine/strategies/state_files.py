@@ -16,7 +16,7 @@ def load_state(path: Path | str, device: Any, classes: Sequence[type] = (), *, m
     """Read a file that `torch.save` wrote, as far as it holds tensors, plain values and instances of `classes`.
 
     Args:
-        device: where tensors go; as `torch.load`'s `map_location`.
+        device: where tensors go, as `map_location` of `torch.load`.
         mmap: leave the content of tensors in the file until it is looked at.
 
     Raises:

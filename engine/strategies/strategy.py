@@ -53,7 +53,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def accumulate(self, backwards: int) -> AbstractContextManager[None]:
-        """Surround all of a step's backwards, so many of them; on leaving, gradients are the mean over ranks."""
+        """Surround all backwards of a step, whose number is given; on leaving, gradients are the mean over ranks."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -75,8 +75,8 @@ class Strategy(ABC):
         """The optimizer's parameter groups, with the settings of the next step."""
 
     def settings(self) -> dict[str, float]:
-        """Of the next step: `learning_rate`, the aggregator's; `learning_rate_encoder`, its largest, if it trains at
-        all; `weight_decay`, the largest.
+        """Settings of the next step: `learning_rate` of the aggregator, `learning_rate_encoder` (the largest of the
+        encoder, if it trains at all) and `weight_decay` (the largest).
         """
         groups = self.groups()
         found = {"learning_rate": groups[0]["lr"], "weight_decay": max(group["weight_decay"] for group in groups)}
@@ -188,14 +188,14 @@ class SingleStrategy(TorchStrategy):
 
 
 def is_frozen(group: dict[str, Any]) -> bool:
-    """Whether a group is the encoder's and does not train yet (see `GroupSchedule`): only its rate is ever 0."""
+    """Whether a group belongs to the encoder and does not train yet (see `GroupSchedule`): only then its rate is 0."""
     return group.get("name", "").startswith("encoder") and group["lr"] == 0
 
 
 def gradient_norms(model: SlideModel) -> GradientNorms:
     """Norms of the gradients that parameters hold, whole and equal on every rank, or sharded over ranks.
 
-    Of shards each rank takes the norms of its own, and one sum over all ranks, of a number a half, puts these together;
+    Each rank takes the norms of its own shards. One sum over all ranks, of one number per half, puts these together;
     where there are several copies of the shards, each copy gives its part.
     """
     squares: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: the only file that imports DeepSpeed.
 
-What its engine does under many backwards a step was measured, not assumed, and `tests/test_equivalence.py` pins it:
+What its engine does under many backwards per step was measured, not assumed, and `tests/test_equivalence.py` pins it:
 stages 1 to 3 are exact inside `coalesce_grad_reduction`, stage 0 by holding back the accumulation boundary.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import LIB_EXT, _get_build_directory
 
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import is_main_rank
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.process.substitute import substitute
 from slidescale.engine.strategies.state_files import load_state
 from slidescale.engine.strategies.strategy import (
@@ -36,7 +36,7 @@ from slidescale.engine.strategies.strategy import (
     gradient_norms,
 )
 
-# DeepSpeed looks for an accelerator when it is imported; it is told what `pick_device` found by the same question.
+# DeepSpeed looks for an accelerator when it is imported; this gives it the one that `pick_device` finds.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.ops.op_builder.builder import OpBuilder
@@ -168,7 +168,7 @@ class ZeroStrategy(Strategy):
         return GradientNorms(total, self._norms_by_half())
 
     def _norms_by_half(self) -> dict[str, float]:
-        """From the norms that DeepSpeed took of its groups.
+        """Norms of the two halves, from those that DeepSpeed took of its groups.
 
         Stages 1 and 2 have the optimizer's groups, in their order; stage 3 cuts these into sub-groups of bounded size.
         """
@@ -250,7 +250,7 @@ class _Files(TorchCheckpointEngine):
 
 
 def _half(model: SlideModel, parameters: Iterable[nn.Parameter]) -> str:
-    """Whose parameters these are, "aggregator" or "encoder"."""
+    """The half of the model that has these parameters, "aggregator" or "encoder"."""
     aggregators = {id(parameter) for parameter in model.aggregator.parameters()}
     halves = {"aggregator" if id(parameter) in aggregators else "encoder" for parameter in parameters}
     assert len(halves) == 1, "a group has parameters of one half of the model"
@@ -293,8 +293,8 @@ def _without_shared_memory() -> Iterator[None]:
     """Make a DeepSpeed backend that does not share memory between a machine's ranks.
 
     It would for one collective, of tensor-parallel inference, which training never calls. For that it compiles an
-    operator for a minute, leaves 66 MiB a rank in /dev/shm when a rank is killed, and waits for ever, deaf to signals,
-    for the memory of a rank that has died or is on another machine.
+    operator for a minute, leaves 66 MiB per rank in /dev/shm when a rank is killed, and waits for ever, deaf to
+    signals, for the memory of a rank that has died or is on another machine.
     """
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package, this is PyTorch
     with substitute(backend, "build_shm_op", lambda: None):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slidescale.engine.config import Config, DataConfig, OptimConfig
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.supervision.base import Supervision, Target
 from slidescale.engine.supervision.classes import Classes
 from slidescale.engine.supervision.multi_label import MultiLabel
@@ -74,9 +74,8 @@ def check_settings(data: DataConfig, optim: OptimConfig | None = None) -> None:
             *others, last = kinds
             readable = f"{', '.join(others)} and {last}" if others else last
             raise ConfigError(
-                f"--{setting.replace('_', '-')} is {value!r}: is for --data.supervision {readable}, and "
-                f"that is {own.name}"
+                f"{flag(setting)} is {value!r}: is for --data.supervision {readable}, and that is {own.name}"
             )
     for name in own.column_settings:
         if not getattr(data, name):
-            raise ConfigError(f"--data.{name.replace('_', '-')} is {getattr(data, name)!r}: must name a column")
+            raise ConfigError(f"{flag(f'data.{name}')} is {getattr(data, name)!r}: must name a column")

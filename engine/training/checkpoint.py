@@ -1,7 +1,6 @@
 """Checkpoints: everything a run needs to go on, written whole or not at all, and compared with checksums when read."""
 
 import logging
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.files import sync
+from slidescale.engine.files import point, put_in_place
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.strategies.strategy import Strategy, find_not_finite
 from slidescale.engine.training.checksums import CHECKSUMS, find_damage, read_signed, write_checksums, write_signed
@@ -19,23 +18,23 @@ from slidescale.engine.training.weights import WEIGHTS, read_metadata, write_wei
 log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-# Ending of what is being written or removed.
+# Ending of names of what is being written or removed.
 UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands, beside the state of model and optimizer.
+    """Progress of a run, kept beside the state of model and optimizer.
 
-    Random numbers need no state: each is a function of the seed and of what it is drawn for.
+    Random numbers need no state: each is a function of the seed and of the purpose it is drawn for.
 
     Attributes:
         epoch: epochs completed.
         step: optimizer steps taken.
-        slides_a_step: slides of an optimizer step, S × A.
-        best_score: of the best epoch so far (see `Trainer`); empty before the first.
+        slides_a_step: slides per optimizer step, S × A.
+        best_score: score of the best epoch so far (see `Trainer`); empty before the first.
         excluded: slides set aside for good, with the reason.
-        unreported: what the last epoch's training came to, until it has been validated and told of.
+        unreported: results of the last epoch's training, until the epoch has been validated and reported.
     """
 
     epoch: int = 0
@@ -47,7 +46,7 @@ class Progress:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, one per epoch: the last ones, and `best` and `last`, which are links.
+    """The folder of a run's checkpoints: the last epochs, the best one, and the links `best` and `last`.
 
     Each has checksums of its files (`training/checksums.py`) beside them. progress.json is written anew
     once the epoch has been validated, and has a checksum of its own. A checkpoint takes its name when all of it is on
@@ -88,26 +87,25 @@ class Checkpoints:
             self._write_progress(unfinished, progress, strategy.checkpoint_format)
             if target.exists():  # a damaged one, after which a resume went on from the one before
                 shutil.rmtree(target)
-            unfinished.rename(target)
-            sync(self.folder)
-            self._point("last", target)
+            put_in_place(unfinished, target)
+            point(self.folder / "last", target)
             if not (self.folder / "best").exists():  # the first one, until it is validated
-                self._point("best", target)
+                point(self.folder / "best", target)
             self._prune()
         self._world.barrier()
 
     def mark_best(self, strategy: Strategy, progress: Progress) -> None:
         """Call `last` also `best`, keep the score in it, and write the model's weights; every rank calls it.
 
-        The weights are complete under another name before `best` moves, and take theirs after it: `load` finishes
-        what a run that was killed in between has left.
+        The weights are complete under another name before `best` moves, and take their own name after it. `load`
+        finishes what a run that was killed in between has left.
         """
         metadata = {"epoch": str(progress.epoch), "step": str(progress.step)}
         write_weights(strategy, self._unfinished_weights, metadata, main=self._world.rank == 0)
         if self._world.rank == 0:
             target = (self.folder / "last").resolve()
-            self._point("best", target)
-            self._name_weights()
+            point(self.folder / "best", target)
+            put_in_place(self._unfinished_weights, self._weights)
             self._write_progress(target, progress, strategy.checkpoint_format)
             self._prune()
         self._world.barrier()
@@ -129,10 +127,10 @@ class Checkpoints:
     def load(self, strategy: Strategy, name: str) -> Progress:
         """Restore "last" or "best"; every rank calls it.
 
-        In place of a last one that is damaged the one before is restored, with a warning that names what is damaged.
+        Where the last one is damaged, the one before is restored, with a warning that names the damage.
 
         Raises:
-            UserError: none is whole, or it was written in another format or holds what is not loaded.
+            UserError: no checkpoint is whole; or it was written in another format, or holds what is never loaded.
         """
         if self._world.rank == 0:
             self._finish_weights()
@@ -142,9 +140,9 @@ class Checkpoints:
             progress, problem = self._try(strategy, folder)
             if progress is not None:
                 if name == "last" and self._world.rank == 0:
-                    self._point("last", folder)
+                    point(self.folder / "last", folder)
                     if not (self.folder / "best").exists():
-                        self._point("best", folder)
+                        point(self.folder / "best", folder)
                     self._prune()
                 self._world.barrier()
                 return progress
@@ -154,10 +152,10 @@ class Checkpoints:
         raise UserError("\n".join([f"{self.folder} has no checkpoint to go on from", *problems]))
 
     def _try(self, strategy: Strategy, folder: Path) -> tuple[Progress | None, str]:
-        """Restore a checkpoint, unless it is damaged; say then what is.
+        """Restore a checkpoint, or say what is damaged in it.
 
         Raises:
-            UserError: it is whole, and cannot be loaded.
+            UserError: it is whole, and still cannot be loaded.
         """
         try:
             content = self._world.ask_main(lambda: _read_progress(folder))
@@ -194,42 +192,30 @@ class Checkpoints:
         return sorted(_checkpoints(self.folder), key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
 
     def _finish_weights(self) -> None:
-        """Where a run was killed as it marked an epoch best: name its weights, or drop what is not complete."""
+        """Finish what a run that was killed while it marked an epoch best has left: name its weights, or drop them."""
         if not self._unfinished_weights.exists():
             return
-        # `best` moves only once they are complete, so that it names their epoch tells that they are.
+        # `best` moves only once they are complete, so they are complete if it names their epoch.
         best = (self.folder / "best").resolve().name
         try:
             complete = best == epoch_name(int(read_metadata(self._unfinished_weights)["epoch"]))
         except (ValueError, KeyError):
             complete = False
         if complete:
-            self._name_weights()
+            put_in_place(self._unfinished_weights, self._weights)
         else:
             self._unfinished_weights.unlink()
-
-    def _name_weights(self) -> None:
-        self._unfinished_weights.replace(self._weights)
-        sync(self._weights.parent)
 
     def _write_progress(self, folder: Path, progress: Progress, written_format: str) -> None:
         write_signed(folder / PROGRESS, {"progress": asdict(progress), "format": written_format})
 
-    def _point(self, link: str, target: Path) -> None:
-        """Make `link` name `target`, at no moment naming nothing."""
-        unfinished = self.folder / f".{link}"
-        unfinished.unlink(missing_ok=True)
-        unfinished.symlink_to(target.name)
-        os.replace(unfinished, self.folder / link)
-        sync(self.folder)
-
     def _prune(self) -> None:
-        """Remove all but the last checkpoints and those that links name, and what a kill has left half removed."""
+        """Remove all but the last checkpoints and those that links name, also what a killed run has half removed."""
         kept = {self._linked(link).name for link in ("last", "best")}
         kept |= {path.name for path in self._newest_first()[: self._keep]}
         for folder in _checkpoints(self.folder):
             if folder.name not in kept:
-                # Under another name first, so that none is ever taken for whole that is not.
+                # Under another name first, so that an incomplete one is never taken for whole.
                 removed = folder.with_suffix(UNFINISHED)
                 shutil.rmtree(removed, ignore_errors=True)
                 folder.rename(removed)

@@ -48,7 +48,7 @@ def find_damage(folder: Path, world: RankGroup) -> str | None:
     """Compare all files under `folder` with their checksums; every rank calls this and reads a share of the files.
 
     Returns:
-        The files that are not as they were written, in words and alike on every rank; None where there are none.
+        The files that differ from what was written, in words and alike on every rank; None where there are none.
     """
     try:
         expected = world.ask_main(lambda: _read_checksums(folder / CHECKSUMS))
@@ -103,7 +103,7 @@ def _read_checksums(path: Path) -> dict[str, Checksum]:
 
 
 def _difference(folder: Path, name: str, expected: Checksum) -> str | None:
-    """What is wrong with a file, in words; None where it is as it was written."""
+    """The difference between a file and what was written, in words; None where there is none."""
     try:
         size = (folder / name).stat().st_size
         if size != expected.size:

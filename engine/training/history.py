@@ -1,4 +1,4 @@
-"""history.csv of a run: what each epoch came to, a row an epoch."""
+"""history.csv of a run: one row per epoch, with its results."""
 
 import csv
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ class EpochTotals:
     """Sums over an epoch's steps.
 
     Attributes:
-        losses: of each step.
-        slides, tiles: that were trained on.
-        seconds: that the steps took.
-        waiting: of these, for tiles to be read.
-        last_scalars: what was logged of the last step, by name. A resume that reports the epoch again logs it again:
+        losses: the loss of each step.
+        slides, tiles: numbers that were trained on.
+        seconds: time that the steps took.
+        waiting: the part of it in which a step waited for tiles to be read.
+        last_scalars: values logged at the last step, by name. A resume that reports the epoch again logs them again:
             TensorBoard can drop what was logged from a step on, and the epoch's own scalars stand at its last step.
     """
 
@@ -31,11 +31,11 @@ class EpochTotals:
 
 
 def add_epoch(folder: Path, epoch: int, values: dict[str, float | None]) -> None:
-    """Write an epoch's row; rows of a run that was cut off after this epoch, and is being resumed, give way to it.
+    """Write an epoch's row. It replaces rows from this epoch on, which a run has left that was cut off and resumed.
 
     Args:
         epoch: completed epochs, from 1.
-        values: by column, None for what is not defined.
+        values: one per column; None where it is not defined.
     """
     rows: list[dict[str, float | None]] = [row for row in read_history(folder) if (row["epoch"] or 0) < epoch]
     rows.append({"epoch": epoch, **values})

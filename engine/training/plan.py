@@ -32,7 +32,7 @@ FEATURES_CHUNK = 1024
 # What a message about a step that does not fit ends with.
 HELPS = (
     "What helps: --memory.checkpoint-blocks, a smaller --data.tile-px or --data.k, more ranks, "
-    "a strategy that shards or offloads the model (zero3, fsdp), a larger {budget}"
+    "a strategy that shards or offloads the model (zero3, fsdp), a larger {more}"
 )
 
 
@@ -71,7 +71,7 @@ def plan_for(
     prefetch: int,
     base: int,
     budget: int,
-    budget_flag: str = "--memory.budget",
+    more: str = "--memory.budget",
 ) -> Plan:
     """Decide chunk size and stored graphs.
 
@@ -81,7 +81,7 @@ def plan_for(
         prefetch: bags that are read ahead of the step.
         base: bytes per rank before a step.
         budget: total bytes per rank.
-        budget_flag: the setting that would give more, for messages.
+        more: the setting that would give more, for messages.
 
     Raises:
         ConfigError: not even one tile fits.
@@ -92,7 +92,7 @@ def plan_for(
             return choose(job, k=k, budget=budget, base=base, policy="recompute", chunk=FEATURES_CHUNK)
         return choose(job, k=k, budget=budget, base=base, policy=memory.policy, chunk=memory.chunk)
     except ConfigError as error:
-        raise ConfigError(f"{error}. {HELPS.format(budget=budget_flag)}") from None
+        raise ConfigError(f"{error}. {HELPS.format(more=more)}") from None
 
 
 def plan_step(

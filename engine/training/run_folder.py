@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
-from slidescale.engine.errors import UserError, near
+from slidescale.engine.errors import UserError, flag, near
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
 from slidescale.engine.training.provenance import provenance
 
-# Settings that a resumed run may have otherwise: they do not change what has been learnt, or only for how long.
+# Settings that may change when a run is resumed: they have no part in what is learnt, or only in for how long.
 MAY_CHANGE = {"resume", "local_rank", "deepspeed_config", "data.manifest", "data.readers", "data.prefetch"}
 MAY_CHANGE |= {"data.max_excluded", "run.name", "run.out", "run.epochs", "run.heatmaps", "optim.accumulate"}
 MAY_CHANGE |= {"run.keep_checkpoints"}
 MAY_CHANGE |= {"run.kernels"}  # whose kinds are equal
 # Of optim.accumulate and parallel.tile_ranks, the checkpoint knows what matters: the slides of a step.
 MAY_CHANGE |= {f"memory.{field.name}" for field in fields(MemoryConfig)}
-MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)} | {"model.transformer_spread"}
+MAY_CHANGE |= {f"parallel.{field.name}" for field in fields(ParallelConfig)}
 
 
 def open_run_folder(out: Path, name: str) -> Path:
@@ -39,7 +39,7 @@ def find_run_folder(out: Path, name: str) -> Path:
     """The latest of the runs called `name` that has a checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: no such run has one.
     """
     runs = list(takewhile(Path.exists, _numbered(out, name)))
     for folder in reversed(runs):
@@ -58,7 +58,7 @@ def check_same_settings(folder: Path, config: Config) -> None:
     recorded = Config(run=RunConfig(name="any")).flat()
     recorded |= flatten(read_record(folder)["config"])
     different = [
-        f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
+        f"{flag(name)} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
         if name not in MAY_CHANGE and recorded[name] != value
     ]
@@ -66,12 +66,12 @@ def check_same_settings(folder: Path, config: Config) -> None:
         raise UserError(f"--resume: {folder} was begun with other settings; repeat them:\n  " + "\n  ".join(different))
 
 
-def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: str | None) -> None:
+def check_same_subject(folder: Path, classes: tuple[str, ...], fingerprint: str | None) -> None:
     """Refuse to resume a run with another manifest's classes, or another frozen encoder.
 
     Args:
-        classes: of the manifest.
-        frozen_encoder: fingerprint of the encoder, if it is frozen: its weights are not in a checkpoint.
+        classes: the manifest's.
+        fingerprint: a frozen encoder's, whose weights are not in a checkpoint; None where the encoder trains.
 
     Raises:
         UserError: says which of them differs.
@@ -81,7 +81,7 @@ def check_same_subject(folder: Path, classes: tuple[str, ...], frozen_encoder: s
         raise UserError(
             f"--resume: {folder} was begun to predict {', '.join(before)}, and the manifest has {', '.join(classes)}"
         )
-    if frozen_encoder != record.get("frozen_encoder"):
+    if fingerprint != record.get("frozen_encoder"):
         raise UserError(
             f"--resume: {folder} was begun with other weights of the frozen encoder than --model.weights or "
             "--model.pretrained gives now: bring those back"
@@ -127,20 +127,20 @@ def record_run(
     ds_config: dict[str, Any] | None,
     classes: tuple[str, ...],
     objective: Objective,
-    frozen_encoder: str | None = None,
+    fingerprint: str | None = None,
 ) -> None:
-    """Write config.json: all settings, ds.json as completed, what is predicted, the commit and the versions.
+    """Write config.json: all settings, the completed ds.json, what is predicted, the commit and the versions.
 
     Args:
-        frozen_encoder: fingerprint of the encoder, if it is frozen: whoever predicts with the run's aggregator builds
-            the encoder from its name and weights, and can see that these are the same.
+        fingerprint: a frozen encoder's: whoever predicts with the run's aggregator builds the encoder from its name and
+            weights, and can see that these are the same. None where the encoder trains.
     """
     record = {
         "config": config.as_dict(),
         "ds_config": ds_config,
         "classes": classes,
         "objective": objective.record(),
-        "frozen_encoder": frozen_encoder,
+        "frozen_encoder": fingerprint,
         **provenance(),
     }
     write_json(folder / "config.json", record)

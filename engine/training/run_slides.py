@@ -16,7 +16,7 @@ from slidescale.engine.supervision.make import supervision_of
 log = logging.getLogger(__name__)
 
 SLIDES = "slides.json"
-# Slides that a message names, of each kind of change.
+# Slides that a message names for each kind of change.
 NAMED = 5
 
 
@@ -27,7 +27,7 @@ def record_slides(folder: Path, manifest: Manifest) -> None:
 
 
 def known_splits(folder: Path, files: Sequence[NamedFile]) -> Counter[str]:
-    """How many slides a run has in each of its splits train and val, by their files or their names.
+    """Count the slides that a run has in its splits train and val, found by their files or their names.
 
     Raises:
         UserError: the run's record is damaged.
@@ -43,11 +43,11 @@ def known_splits(folder: Path, files: Sequence[NamedFile]) -> Counter[str]:
 
 
 def check_same_slides(folder: Path, manifest: Manifest) -> None:
-    """Refuse to go on with a run on other slides, splits or targets: it would be judged by what it has learnt from.
+    """Refuse to go on with a run on other slides, splits or targets: it could be judged by slides it has learnt from.
 
-    Also slides that were added or removed are refused. Added ones would change the length of an epoch, by which rates
-    fall, and the scores by which the best epoch is chosen; `slidescale predict` is there for further test slides. A
-    slide's file may be elsewhere. A run that was begun before slides were recorded goes on, with a warning.
+    Slides that were added or removed are refused as well. Added ones would change the length of an epoch, on which the
+    learning rate depends, and the scores by which the best epoch is chosen; `slidescale predict` is there for further
+    test slides. A slide's file may have moved. A run that was begun before slides were recorded goes on with a warning.
 
     Raises:
         UserError: says how many slides differ in what, and names some.
@@ -56,7 +56,7 @@ def check_same_slides(folder: Path, manifest: Manifest) -> None:
     if recorded is None:
         log.warning(
             "%s has no %s, for an earlier version began it: nothing shows whether the manifest's splits and labels are "
-            "those of then",
+            "the same as then",
             folder,
             SLIDES,
         )
@@ -105,7 +105,7 @@ def _label(slide: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
-    """What `record_slides` wrote; None where it was not there to do so.
+    """Read what `record_slides` wrote; None for a run of before it existed.
 
     Raises:
         UserError: the file is damaged.

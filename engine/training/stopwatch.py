@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Time of a step by phase."""
 
 import time
 
@@ -24,11 +24,11 @@ class Stopwatch:
         self._laps = [("", self._now())]
 
     def lap(self, phase: str) -> None:
-        """What has passed since the last lap was `phase`."""
+        """Note that the time since the last lap was spent on `phase`."""
         self._laps.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase, all its laps together, and 0.0 for one without; a GPU is waited for."""
+        """Seconds of each phase, all its laps together, 0.0 for one without; waits for the GPU."""
         total = dict.fromkeys(PHASES, 0.0)
         if self._on_gpu:
             torch.cuda.synchronize()

@@ -24,11 +24,12 @@ from slidescale.engine.files import save_png
 from slidescale.engine.logger import Meter
 from slidescale.engine.memory.usage import peak_gib
 from slidescale.engine.process.stopping import AGAIN, RESUME, note
+from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import Checkpoints, Progress
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.history import EpochTotals, add_epoch
 from slidescale.engine.training.run_log import RunLog
-from slidescale.engine.training.step import TrainStep
+from slidescale.engine.training.step import StepResult, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _NORM_NAMES = {
 
 
 def best_names(headline: str) -> tuple[str, str]:
-    """What runs are compared by: the scalars of a run's best epoch, its headline metric and its loss."""
+    """Names of the scalars that runs are compared by: headline metric and loss of the best epoch."""
     return f"best/val_{headline}", "best/val_loss"
 
 
@@ -58,6 +59,7 @@ class Trainer:
         cohort: Cohort,
         feed: Feed,
         train_step: TrainStep,
+        objective: Objective,
         reader: TileReader,
         checkpoints: Checkpoints,
         run_log: RunLog,
@@ -68,6 +70,7 @@ class Trainer:
         self.cohort = cohort
         self.feed = feed
         self.train_step = train_step
+        self.objective = objective
         self.strategy = train_step.strategy
         self.mesh = train_step.mesh
         self.reader = reader
@@ -113,7 +116,7 @@ class Trainer:
                 self._write_results(result, "_test", progress.step)
 
     def _validate(self, progress: Progress, totals: EpochTotals) -> Progress:
-        """Validate the epoch of the last checkpoint, mark it if it is the best, and tell of it.
+        """Validate the epoch of the last checkpoint, mark it if it is the best, and report it.
 
         Where this is cut off, a resume does it again; an epoch that has been marked then stays the best.
         """
@@ -132,9 +135,9 @@ class Trainer:
             rows,
             self.cohort,
             self.reader,
-            step.objective,
+            self.objective,
             self.mesh,
-            step.chunk,
+            step.plan.chunk,
             self.strategy.device,
             what,
         )
@@ -153,7 +156,7 @@ class Trainer:
             result = self.train_step(batch)
             end = time.perf_counter()
             totals.losses.append(result.loss)
-            totals.slides += len(batch.rows)
+            totals.slides += len(batch.names)
             totals.tiles += batch.k
             totals.seconds += end - begin
             totals.waiting += batch.waited_s
@@ -161,24 +164,23 @@ class Trainer:
                 "train/loss": result.loss,
                 **{f"train/{name}": value for name, value in settings.items()},
                 **{_NORM_NAMES[what]: norm for what, norm in result.gradient_norms.items()},
-                "train/attention_entropy": result.attention_entropy,
-                "train/effective_tiles": result.effective_tiles,
+                **_attention(result),
                 "speed/tiles_per_s": batch.k / (end - begin),
                 "speed/data_wait_share": batch.waited_s / (end - begin),
                 **{f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in result.seconds.items()},
             }
             self.run_log.scalars(totals.last_scalars, step + len(totals.losses))
-            self._last_slides = tuple(row.slide_id for row in batch.rows)
+            self._last_slides = batch.names
             meter.reach(totals.slides, f"loss {np.mean(totals.losses):.3f}")
             self.run_log.bar.set_description(name, refresh=False)
             speed = totals.tiles / totals.seconds
             self.run_log.bar.set_postfix(loss=f"{np.mean(totals.losses):.3f}", tiles_per_s=f"{speed:.0f}")
-            self.run_log.bar.update(len(batch.rows))
+            self.run_log.bar.update(len(batch.names))
             begin = time.perf_counter()
         return totals
 
     def _report(self, epoch: int, step: int, totals: EpochTotals, result: Evaluation, *, improved: bool) -> None:
-        """Tell of an epoch: a line, scalars, and, when it is the best so far, predictions and pictures."""
+        """Report an epoch: a line, scalars, and, when it is the best so far, predictions and pictures."""
         train_loss = float(np.mean(totals.losses)) if totals.losses else math.nan
         seconds = max(totals.seconds, 1e-9)
         peak = max(self.mesh.world.gather_objects(peak_gib(self.strategy.device)))
@@ -251,3 +253,10 @@ def _unless_unwritable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("cannot write %s, and the run goes on without: %s", path, error)
+
+
+def _attention(result: StepResult) -> dict[str, float]:
+    """The scalars of the attention, where the aggregator has one."""
+    if math.isnan(result.attention_entropy):
+        return {}
+    return {"train/attention_entropy": result.attention_entropy, "train/effective_tiles": result.effective_tiles}

@@ -34,7 +34,7 @@ DTYPE_NAMES = {
 }
 # Tensors begin at multiples of so many bytes, as the library's own files do.
 ALIGNMENT = 8
-# Of the whole file, in its metadata; computed with this many zeros in its place.
+# Name of the whole file's checksum in its metadata, and the zeros with which it is computed.
 DIGEST, NO_DIGEST = "sha256", "0" * 64
 BLOCK_BYTES = 2**20
 
@@ -44,11 +44,11 @@ def write_weights(strategy: Strategy, path: Path, metadata: dict[str, str], *, m
 
     The file is on disk when this returns.
 
-    Parameters are put together one at a time, and each is let go once it is written, so a rank needs room for the
+    Parameters are put together one at a time, and each is freed once it is written. So a rank needs room for the
     largest one beside what it holds anyway.
 
     Args:
-        metadata: of the file.
+        metadata: texts to keep in the file beside the tensors.
         main: whether this rank is the one that writes.
     """
     # Values by the names of the state dict; under ZeRO-3 and FSDP2 they are this rank's shards, of known shape.
@@ -82,7 +82,7 @@ def write_weights(strategy: Strategy, path: Path, metadata: dict[str, str], *, m
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a file by name, on a device.
+    """Read all tensors of a file, by name, onto a device.
 
     Raises:
         UserError: it is damaged, as its checksum shows where it has one (older versions wrote none).
@@ -103,7 +103,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_weights` was told beside the tensors.
+    """Read the metadata that `write_weights` was given.
 
     Raises:
         ValueError: the file is cut short, or not of this format.
@@ -116,7 +116,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _digest(path: Path, expected: str) -> str:
-    """The SHA-256 of a file but for its length field, and with zeros in place of the expected one."""
+    """The SHA-256 of a file without its length field, and with zeros in place of the expected checksum."""
     with path.open("rb") as file:
         encoded = file.read(int.from_bytes(file.read(8), "little"))
         digest = hashlib.sha256(_with_digest(encoded, expected, NO_DIGEST))
@@ -132,5 +132,5 @@ def _with_digest(encoded: bytes, old: str, new: str) -> bytes:
 
 
 def _whole(strategy: Strategy, value: Tensor) -> Tensor:
-    """Buffers are whole, and alike, on every rank."""
+    """The whole value of a parameter or buffer; buffers are whole, and alike, on every rank."""
     return strategy.whole(value) if isinstance(value, nn.Parameter) else value.detach()

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine import api
+from slidescale.engine.api import SlideStep
+from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from slidescale.engine.data.bag import draw_bag, epoch_order
 from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.manifest import Manifest, ManifestRow
@@ -29,28 +31,28 @@ from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.evaluation.predictions import evaluate
 from slidescale.engine.memory import offload
-from slidescale.engine.memory.offload_disk import DiskOffload
-from slidescale.engine.memory.offload_host import HostOffload
 from slidescale.engine.models import aggregator as aggregator_module
 from slidescale.engine.models import tile_prep as tile_prep_module
 from slidescale.engine.models.aggregator import Aggregator
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.encoder import Encoder
+from slidescale.engine.models.gathered import Gathered
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.seeding import seeded
 from slidescale.engine.strategies import zero as zero_module
-from slidescale.engine.strategies.ddp import DdpStrategy
-from slidescale.engine.strategies.fsdp import FsdpStrategy
-from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
+from slidescale.engine.strategies.strategy import SingleStrategy
 from slidescale.engine.strategies.zero import ZeroStrategy
 from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training import step
 from slidescale.engine.training.feed import Feed, Step
-from slidescale.engine.training.step import StepResult, TrainStep
+from slidescale.engine.training.step import StepResult
 from slidescale.kernels.gated_attention import Attended, Gate, GateDropout
 from slidescale.kernels.gated_attention import reference as attention_reference
 from slidescale.kernels.tile_prep import reference as tile_reference
+
+from support.transmil import TransMil
 
 # Slides' tile counts. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1). More than
 # three steps, because several faults are right at the first step and wrong from the second.
@@ -86,7 +88,8 @@ class Case:
         strategy: "single", "mean" (see MeanReducer), "ddp", "zero0" to "zero3", "fsdp"; with "+offload", "+hold" or
             "+tiles" (shards over the tile group).
         policy: "keep", "recompute", "offload" (to disk; from a GPU, to the host), or "auto-N": N chunks' graphs stay.
-        aggregator: a pooling, after "split+" or "gathered+" transformer layers or none, with "+slide_norm" or without.
+        aggregator: a pooling, after "transformer+" or nothing, with "+slide_norm" or without; or "gathered", which is
+            `Gathered(TransMil(…))`.
         branches: of attention, in "gated_attention".
         kernels: "torch", or "triton", emulated where there is no GPU.
         optimizer: "sgd", or "adamw" with an epsilon large enough that it does not turn rounding into steps where a
@@ -213,21 +216,24 @@ def make_model(case: Case) -> SlideModel:
     with patched(timm, "create_model", create_narrow):
         encoder = Encoder(case.encoder, tile_px=TILE_PX, drop_path=case.dropout, kernels=case.kernels)
     encoder.set_checkpointing(case.checkpoint_blocks)
-    aggregator = Aggregator(
-        encoder.dim,
-        2,
-        pooling=pooling,
-        hidden_dim=16,
-        attention_dim=8,
-        dropout=case.dropout,
-        attention_branches=case.branches,
-        attention_dropout=case.dropout,
-        kernels=case.kernels,
-        slide_norm=case.aggregator.endswith("+slide_norm"),
-        transformer_layers=2 if layers else 0,
-        transformer_heads=2,
-        transformer_spread=layers[0] if layers else "split",
-    )
+    aggregator: nn.Module
+    if pooling == "gathered":
+        aggregator = Gathered(TransMil(encoder.dim, 2, dropout=case.dropout))
+    else:
+        aggregator = Aggregator(
+            encoder.dim,
+            2,
+            pooling=pooling,
+            hidden_dim=16,
+            attention_dim=8,
+            dropout=case.dropout,
+            attention_branches=case.branches,
+            attention_dropout=case.dropout,
+            kernels=case.kernels,
+            slide_norm=case.aggregator.endswith("+slide_norm"),
+            transformer_layers=2 if layers else 0,
+            transformer_heads=2,
+        )
     return SlideModel(encoder, aggregator).to(device(), getattr(torch, case.dtype)).train()
 
 
@@ -247,7 +253,7 @@ def make_optimizer(case: Case, model: SlideModel) -> torch.optim.Optimizer:
 def plain_autograd(case: Case, slides_a_step: int) -> dict[str, Tensor]:
     """Parameters after an epoch of plain steps, each slide's tiles in one graph."""
     return _plain_autograd(
-        case.aggregator.replace("gathered+", "split+"),
+        case.aggregator,
         case.encoder,
         case.optimizer,
         case.dtype,
@@ -294,7 +300,8 @@ def _plain_autograd(
             bag = draw_bag(row, cohort.tilings[row.slide_id], "all", seed=0, epoch=0)
             with drawing_for(Draw(bag.seed, 0, bag.k)), by_definition():
                 features = model.encode(all_tiles(row.path).to(device()))
-                logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
+                with seeded(device(), bag.seed, "aggregator"):
+                    logits, _ = model.aggregate(features, bag.places.to(device()), TileGroup())
             loss = nn.functional.cross_entropy(logits[None], torch.tensor([int(row.target[0])], device=device()))
             (steepness * loss / len(step_rows)).backward()
         stepper.step()
@@ -322,33 +329,45 @@ def by_definition() -> Iterator[None]:
         yield
 
 
-def make_strategy(
+def make_step(
     case: Case,
     model: SlideModel,
     mesh: Mesh,
     optimizer: Callable[[Case, SlideModel], torch.optim.Optimizer] = make_optimizer,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
-) -> Strategy:
-    """A strategy that never clips."""
+) -> SlideStep:
+    """The engine's own assembly, with a strategy that never clips and a plan that the case names."""
     name, *options = case.strategy.split("+")
-    if name == "fsdp":
-        assert mesh.device_mesh is not None
-        device_mesh = mesh.device_mesh if "tiles" in options else mesh.device_mesh._flatten("world")
-        return FsdpStrategy(
-            model,
-            device_mesh,
-            partial(optimizer, case),
-            scheduler,
-            device=device(),
-            clip=0.0,
-            offload="offload" in options,
-            hold="hold" in options,
-            unit_numel=FSDP_UNIT_NUMEL,
-        )
-    made = optimizer(case, model)
-    if not name.startswith("zero"):
-        kind = {"single": SingleStrategy, "mean": MeanReducer, "ddp": DdpStrategy}[name]
-        return kind(model, made, scheduler(made) if scheduler else None, device=device(), clip=0.0)
+    loss = CrossEntropy([case.steepness] * 2, 2).to(device())
+    stored = {"keep": 99, "recompute": 0, "offload": 99}.get(case.policy)
+    stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
+    policy: Any = case.policy.partition("-")[0]
+    on_gpu = device().type == "cuda"
+    made = api.make_step(
+        model,
+        optimizer(case, model),
+        loss,
+        mesh=mesh,
+        strategy={"zero": "zero", "mean": "ddp"}.get(name[:4], name),
+        ds_config=_ds_config(name, options) if name.startswith("zero") else None,
+        parallel=ParallelConfig(
+            fsdp_offload=name == "fsdp" and "offload" in options,
+            fsdp_hold="hold" in options,
+            fsdp_shard="tiles" if "tiles" in options else "world",
+        ),
+        scheduler=scheduler,
+        chunk=case.chunk,
+        policy=policy,
+        offload_folder=None if policy != "offload" or on_gpu else Path(tempfile.mkdtemp(prefix="offload")),
+        unit_numel=FSDP_UNIT_NUMEL,
+    )
+    if name == "mean":
+        made.strategy = MeanReducer(model, optimizer(case, model), None, device=device(), clip=0.0)
+    made.follow(FixedPlan(case.chunk, stored))
+    return made
+
+
+def _ds_config(name: str, options: list[str]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
     zero["sub_group_size"] = SUB_GROUP_NUMEL
     if "buckets" in options:  # as Hugging Face's formulae have them for a width of 16
@@ -358,7 +377,7 @@ def make_strategy(
         zero["offload_optimizer"] = {"device": "cpu"}
         if name == "zero3":
             zero["offload_param"] = {"device": "cpu"}
-    ds_config = {
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -368,49 +387,29 @@ def make_strategy(
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "zero_optimization": zero,
     }
-    return ZeroStrategy(model, made.param_groups, made, scheduler, ds_config=ds_config)
 
 
-def train(case: Case, strategy: Strategy, mesh: Mesh) -> list[float]:
+def train(case: Case, step: SlideStep) -> list[float]:
     """An epoch of the engine's own steps; their losses."""
-    return [result.loss for result in steps(case, strategy, mesh)]
+    return [result.loss for result in steps(case, step)]
 
 
-def steps(case: Case, strategy: Strategy, mesh: Mesh, first: int = 0, last: int = 99) -> list[StepResult]:
-    """The engine's own steps of an epoch, those from `first` up to `last`; what each tells."""
-    stored = {"keep": 99, "recompute": 0, "offload": 99}.get(case.policy)
-    stored = int(case.policy.removeprefix("auto-")) if stored is None else stored
-    feed: Any = Feed(
-        make_config(case),
-        make_cohort(mesh),
-        MemoryReader(case.unreadable, mesh.tiles),
-        mesh,
-        FixedPlan(case.chunk, stored),
-    )  # type: ignore[arg-type]
-    with offload_for(case, mesh) as store:
-        train_step = TrainStep(
-            strategy, CrossEntropy([case.steepness] * 2, 2).to(device()), mesh, chunk=case.chunk, offload=store
-        )
-        return [train_step(each) for index, each in enumerate(feed.epoch(0)) if first <= index < last or skipped(each)]
+def steps(case: Case, step: SlideStep, first: int = 0, last: int = 99) -> list[StepResult]:
+    """The engine's own steps of an epoch, those from `first` up to `last`; the result of each."""
+    mesh = step.mesh
+    reader: Any = MemoryReader(case.unreadable, mesh.tiles)
+    feed = Feed(make_config(case), make_cohort(mesh), reader, mesh)
+    with mock.patch.object(offload, "SMALLEST", 1):
+        found = [step.take(each) for index, each in enumerate(feed.epoch(0)) if first <= index < last or skipped(each)]
+    if step.offload is not None:
+        assert step.offload.bytes_out > 0, "something has really left"
+        step.close()
+    return found
 
 
 def skipped(each: Step) -> bool:
     """False, once a step's bags have been taken from the feed."""
     return sum(1 for _ in each.shares) < 0
-
-
-@contextmanager
-def offload_for(case: Case, mesh: Mesh) -> Iterator[offload.Offload | None]:
-    """Where autograd saves tensors under the case's policy."""
-    if case.policy != "offload":
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(offload, "SMALLEST", 1):
-        on_gpu = device().type == "cuda"
-        store = HostOffload(device()) if on_gpu else DiskOffload(Path(folder), mesh.world.rank)
-        yield store
-        assert store.bytes_out > 0, "something has really left"
-        store.close()
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -448,8 +447,7 @@ def compare(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext)
     expected = plain_autograd(case, mesh.slides * case.accumulate)
     model = make_model(case)
     with mutation():
-        strategy = make_strategy(case, model, mesh)
-        train(case, strategy, mesh)
+        train(case, make_step(case, model, mesh))
     return worst_error(expected, model)
 
 
@@ -461,7 +459,7 @@ def compare_all(group: TileGroup, cases: list[Case]) -> list[float]:
 def losses_of(_: TileGroup, case: Case) -> list[float]:
     """The loss of each step."""
     mesh, model = mesh_for(case), make_model(case)
-    return train(case, make_strategy(case, model, mesh), mesh)
+    return train(case, make_step(case, model, mesh))
 
 
 @contextmanager
@@ -552,7 +550,7 @@ def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, floa
     """The error of a step whose loss or gradient is not finite, and how far the parameters moved in it."""
     case = Case(strategy=strategy_name, aggregator="mean")
     mesh, model = mesh_for(case), make_model(case)
-    strategy = make_strategy(case, model, mesh)
+    made = make_step(case, model, mesh)
     before = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
     def broken(original: Callable, self: CrossEntropy, logits: Tensor, target: Tensor) -> Tensor:
@@ -564,7 +562,7 @@ def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, floa
 
     with patched(CrossEntropy, "forward", broken):
         try:
-            train(case, strategy, mesh)
+            train(case, made)
         except TrainingError as error:
             return str(error), worst_error(before, model)
     return "no error", worst_error(before, model)
@@ -589,7 +587,7 @@ def gathers(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext)
     """Train an epoch under ZeRO-3 and count."""
     mesh, model, counted = mesh_for(case), make_model(case), Gathers()
     with mutation():
-        strategy = make_strategy(case, model, mesh)
+        made = make_step(case, model, mesh)
 
     def count_hooks(original: Callable, registry: Any, parameter: Any, handle: Any) -> None:
         counted.by_hooks += 1
@@ -608,9 +606,9 @@ def gathers(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext)
         stack.enter_context(patched(InflightParamRegistry, "__setitem__", count_hooks))
         for parameter in model.parameters():
             stack.enter_context(patched(parameter, "all_gather", count_access))
-        for owner, name in ((step, "encode"), (step, "backpropagate"), (strategy, "step")):
+        for owner, name in ((step, "encode"), (step, "backpropagate"), (made.strategy, "step")):
             stack.enter_context(patched(owner, name, then_count_left))
-        train(case, strategy, mesh)
+        train(case, made)
     return counted
 
 
@@ -623,12 +621,12 @@ def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]
     """Of an untrained model, for each slide: its name, loss, tiles, and the sum of their weights."""
     mesh, model = mesh_for(case), make_model(case)
     if case.strategy == "zero3":
-        make_strategy(case, model, mesh)
+        make_step(case, model, mesh)
     cohort, reader = make_cohort(mesh), MemoryReader(case.unreadable, mesh.tiles)
     objective = CrossEntropy((), 2).to(device())
     rows = cohort.usable("train")
     found = evaluate(model, rows, cohort, reader, objective, mesh, case.chunk, device())  # type: ignore[arg-type]
-    return [(each.row.slide_id, each.loss, len(each.weights), float(each.weights.sum())) for each in found.predictions]
+    return [(each.row.slide_id, each.loss, each.tiles, float(each.weights.sum())) for each in found.predictions]
 
 
 def fail_alone(group: TileGroup, case: Case, told: Path) -> None:
