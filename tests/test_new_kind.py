@@ -129,7 +129,7 @@ def test_a_new_kind_goes_from_the_manifest_to_metrics(tmp_path: Path, monkeypatc
     for row in manifest.split("val"):
         with torch.no_grad():
             output = objective.predict(torch.tensor([0.1 * row.target[0] - 0.3])).numpy()
-        predictions.append(Prediction(row, output, 1.0, np.full(5, 0.2)))
+        predictions.append(Prediction(row, output, 1.0, 5, None))
     evaluation = Evaluation(manifest.supervision, manifest.classes, predictions)
     assert evaluation.score[0] < 0
     assert str(evaluation).startswith("loss 1.000 minus deviation -")
