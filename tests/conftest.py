@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="skip the tests that have not begun by then")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests for GPUs, with the reason, where there are none; and deal out the others to workers.
 
@@ -92,7 +93,7 @@ def world() -> Iterator[Callable[..., World]]:
     started: dict[tuple[int, str], World] = {}
 
     def get(size: int, device: str = "cpu") -> World:
-        if (size, device) not in started:
+        if (size, device) not in started or not started[size, device].is_alive():
             started[size, device] = World(size, device)
         return started[size, device]
 

@@ -72,6 +72,10 @@ class World:
         assert not failures, "\n".join(failures)
         return [answer.result for answer in answers]
 
+    def is_alive(self) -> bool:
+        """Whether all ranks can answer."""
+        return all(process.is_alive() for process in self._processes)
+
     def stop(self) -> None:
         """End the processes."""
         for process in self._processes:
