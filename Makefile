@@ -1,16 +1,23 @@
-# The two commands of the README, and those of CONTRIBUTING.md. Everything is installed in .venv.
-#   make egfr [RANKS=2] [ARGS="--run.epochs 3"]     train: the demo cohort, or ARGS="--data.manifest slides.csv";
-#                                                   with RANKS by DeepSpeed, without in one process
-#   make test [ARGS="-k tiling"]                    the tests
-#   make test-full                                  and every combination of strategy, policy, aggregator, chunk, ranks
-#   make lint                                       style and types
-#   make bench                                      what steps cost on this machine: docs/benchmarks.md, in ten minutes
-#   make weak-scaling                               a model of steps on many GPUs, held against steps of this machine
-#   make k-study                                    training against K and beside a frozen encoder: docs/k_study.md, in 25 minutes
-#   make bench-full                                 and with tiles of full size, up to a whole slide of 20,000: an hour
+# What make can do here. Everything is installed in .venv, on first use.
+#
+#   make egfr          train on a demo cohort that it draws, or on your slides: ARGS="--data.manifest slides.csv";
+#                      RANKS=2 starts two ranks by DeepSpeed (any recipe: python recipes/egfr.py --help)
+#   make k-study       does it pay to train on more tiles, and end to end? docs/k_study.md, 25 minutes
+#   make bench         memory and speed on this machine beside other ways to train: docs/benchmarks.md, 10 minutes
+#   make bench-full    the same with tiles of full size, up to a slide of 20,000: an hour
+#   make weak-scaling  a model of steps on many GPUs, compared with steps on this machine
+#
+#   make test          the tests, 12 minutes on two cores; ARGS="-k tiling" chooses some
+#   make test-full     all of them: every combination of strategy, policy, aggregator, chunk size and ranks
+#   make lint          style and types
+#   make clean         remove .venv and all that was built
+#
+# A trained run: .venv/bin/slidescale --help
+
 PYTHON ?= python3
 RANKS ?=
 ARGS ?=
+WORKERS ?= 2
 
 VENV := $(CURDIR)/.venv
 # DeepSpeed compiles small operators on first use, and finds ninja on the path.
@@ -18,7 +25,10 @@ RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 
 BENCH := $(RUN) python benchmarks
 
-.PHONY: egfr k-study test test-full lint bench weak-scaling bench-full clean
+.PHONY: help egfr k-study test test-full lint bench weak-scaling bench-full clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 egfr: $(VENV)/ready
 	$(RUN) $(if $(RANKS),deepspeed --quiet --num_accelerators $(RANKS),python) recipes/egfr.py \
@@ -27,11 +37,14 @@ egfr: $(VENV)/ready
 k-study: $(VENV)/ready-to-study
 	$(RUN) python recipes/k_study.py --page docs/k_study.md $(ARGS)
 
+# Two workers, which share the tests file by file; those in worlds of ranks stay together.
+TEST := $(RUN) python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/ready-to-test
-	$(RUN) python -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-full: $(VENV)/ready-to-test
-	$(RUN) python -m pytest -m "not gpu" $(ARGS)
+	$(TEST) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/ready-to-test
 	$(RUN) ruff check .

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on machines of a SLURM cluster, from the repository's folder:
+# Train on machines of a SLURM cluster; start it in the folder of the repository:
 #   sbatch docs/slurm.sh recipes/egfr.py --data.manifest slides.csv --parallel.strategy fsdp
 #SBATCH --job-name=slidescale
 #SBATCH --nodes=2
-# One torchrun a machine; it starts a rank for each GPU.
+# One torchrun per machine, which starts one rank per GPU.
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

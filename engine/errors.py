@@ -34,6 +34,11 @@ def near(name: str, candidates: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def flag(name: str) -> str:
+    """A setting as it is typed: "--data.tile-px" for "data.tile_px"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library in one line, for the end of a message: its type, and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar and a line an epoch on the terminal, curves and pictures in TensorBoard."""
+"""Log lines, and progress: a bar on a terminal, a line per minute elsewhere."""
 
 import logging
 import sys
@@ -12,12 +12,12 @@ log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# Of a meter that has no terminal to draw a bar on.
+# How often a meter logs a line where there is no terminal to draw a bar on.
 LINE_EVERY_S = 60.0
 
 
 def configure_logging(main: bool) -> None:
-    """Let the main rank speak, above its progress bar, and the others only of errors."""
+    """Log everything of the main rank, above its progress bar, and only errors of the other ranks."""
     handler = _AboveTheBar()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("slidescale")
@@ -27,14 +27,14 @@ def configure_logging(main: bool) -> None:
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes to stderr without breaking a progress bar."""
+    """A handler that writes to stderr without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):
-    """The bare message; its level only where it matters."""
+    """A formatter that writes the bare message, with its level only from warnings on."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -42,19 +42,19 @@ class _Formatter(logging.Formatter):
 
 
 class Meter:
-    """How far something long has come: a bar on a terminal, elsewhere a line a minute; silent but on the main rank.
+    """Progress of something long: a bar on a terminal, a line per minute elsewhere; only on the main rank.
 
     Args:
-        what: is being done, "encoding".
-        total: of what is counted.
-        unit: one of these, "tile".
-        bar: whether there is a bar of its own on a terminal.
+        what: what is being done, such as "encoding".
+        total: number of units to do.
+        unit: what is counted, such as "tile".
+        bar: whether to draw a bar on a terminal.
     """
 
     def __init__(self, what: str, total: int, unit: str, *, main: bool, bar: bool = True) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._lines = main and not sys.stderr.isatty()
-        self._begin = self._told = time.monotonic()
+        self._begin = self._logged = time.monotonic()
         self._bar = tqdm(
             desc=what,
             total=total,
@@ -66,11 +66,11 @@ class Meter:
         )
 
     def reach(self, done: int, note: str = "") -> None:
-        """Tell that so many of them are done, where it is time to; `note` is added to the line."""
+        """Show that `done` units are done, if it is time to; `note` is added to the line."""
         self._bar.update(done - self._bar.n)
         now = time.monotonic()
-        if self._lines and now - self._told >= LINE_EVERY_S:
-            self._told = now
+        if self._lines and now - self._logged >= LINE_EVERY_S:
+            self._logged = now
             spent = now - self._begin
             left = f", {_duration(spent * (self._total - done) / done)} left" if done else ""
             log.info(
@@ -86,7 +86,7 @@ class Meter:
             )
 
     def count(self, items: Iterable[Item], ranks: int) -> Iterator[Item]:
-        """Hand `items` on, count each `ranks` times, for this rank and the others, and take the bar away at the end."""
+        """Yield `items`, count each as `ranks` units because every rank has as many, and remove the bar at the end."""
         try:
             for done, item in enumerate(items, start=1):
                 self.reach(min(done * ranks, self._total))
@@ -95,12 +95,12 @@ class Meter:
             self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
 
 def _speed(per_second: float, unit: str) -> str:
-    """In whichever unit of time gives at least one: "1,200 tiles/s", "3.5 slides/min"."""
+    """Words for a speed, per the shortest unit of time in which it is at least 1: "1,200 tiles/s", "3.5 slides/min"."""
     for seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
         if (amount := per_second * seconds) >= 1 or name == "h":
             break
@@ -108,7 +108,7 @@ def _speed(per_second: float, unit: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In words: "40 s", "12 min", "3 h 5 min"."""
+    """Words for a time: "40 s", "12 min", "3 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

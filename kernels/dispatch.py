@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 
 KernelName = Literal["triton", "torch"]
-KernelChoice = Literal["auto", "triton", "torch"]
 
 
-def choose_kernels(asked: KernelChoice, device: torch.device) -> KernelName:
+def choose_kernels(asked: KernelName | Literal["auto"], device: torch.device) -> KernelName:
     """The implementation that a run uses on `device`.
 
     Args:

@@ -1,12 +1,12 @@
-"""Whole-slide detection of breast cancer, as in CAMELYON: whether there is tumor anywhere on a slide of a lymph node.
+"""Detection of breast cancer as in CAMELYON: whether there is tumor anywhere on a slide of a lymph node.
 
     deepspeed recipes/breast.py --deepspeed_config ds.json --data.manifest slides.csv
 
-Labels are normal and tumor. Those of CAMELYON17's slides become these by --data.label-map negative normal itc tumor
-micro tumor macro tumor. A metastasis may cover a few tiles of ten thousand, so all of a slide's tiles take part, seen
-through two weightings: a sample would often miss it, and then teach the encoder that tumor is normal. The
-encoder begins with ImageNet weights unless you say otherwise (--model.no-pretrained, --model.weights FILE). Without a
-manifest it trains a small network from random weights, on a demo cohort that it draws, whose foci are rarer tiles too.
+Labels are normal and tumor; --data.label-map negative normal itc tumor micro tumor macro tumor renames those of
+CAMELYON17. A metastasis may cover a few of ten thousand tiles. So all tiles of a slide are used, pooled by two
+attention branches: a sample would often miss the metastasis, and teach the encoder that tumor is normal. The encoder
+begins with ImageNet weights unless you say otherwise (--model.no-pretrained, --model.weights FILE). Without a manifest
+it trains a small network from random weights on a demo cohort that it draws, in which tiles with foci are rare, too.
 """
 
 from slidescale.engine.commands.recipe import main

@@ -2,18 +2,18 @@
 
     deepspeed recipes/egfr.py --deepspeed_config ds.json --data.manifest slides.csv --data.classes wild_type mutant
 
-The task and the model's arrangement are those of Campanella et al. 2024, "Beyond Multiple Instance Learning: Full
-Resolution All-In-Memory End-To-End Pathology Slide Modeling"; encoder, rates and lengths are this recipe's own. The
+The task and the architecture are those of Campanella et al. 2024, "Beyond Multiple Instance Learning: Full Resolution
+All-In-Memory End-To-End Pathology Slide Modeling"; encoder, learning rates and lengths are this recipe's own. The
 encoder begins with ImageNet weights unless you say otherwise (--model.no-pretrained, --model.weights FILE). Without a
-manifest it trains a small network from random weights, on a demo cohort that it draws.
+manifest it trains a small network from random weights on a demo cohort that it draws.
 
 --preset eagle has the settings of the released trainer of the EGFR study that followed (EAGLE): GigaPath as the
 encoder, for whose weights you accept their licence on the hub (or give a file: --model.no-pretrained --model.weights
-FILE), 2,208 tiles a slide, half of the slides an epoch. Its dropout of 0.25 in each factor of the attention's gate is
-the same as one of 0.4375 on their product. Its class weight of 0.7 is left out: its loss is a weighted mean over a
-batch of one slide, in which the weight cancels. What is done otherwise here: bf16 where they had fp16; tiles sampled
-without replacement, so that a slide with fewer gives each once; no Gaussian blur among the augmentations; PyTorch's
-initial weights of the aggregator; validation after each epoch; gradients clipped at a norm of 1.
+FILE), 2,208 tiles per slide, half of the slides per epoch. Its dropout of 0.25 in each factor of the attention gate
+equals a dropout of 0.4375 on their product. Its class weight of 0.7 is left out: its loss is a weighted mean over a
+batch of one slide, in which the weight cancels. Differences: bf16 instead of fp16; tiles sampled without replacement,
+so that a slide with fewer gives each once; no Gaussian blur among the augmentations; PyTorch's initial weights of the
+aggregator; validation after each epoch; gradients clipped at a norm of 1.
 """
 
 from slidescale.engine.commands.recipe import main

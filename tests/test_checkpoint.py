@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,63 +15,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from slidescale.engine.errors import TrainingError, UserError
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.fsdp import FsdpStrategy
-from slidescale.engine.strategies.strategy import SingleStrategy, Strategy
-from slidescale.engine.training.checkpoint import Checkpoints, Progress, has_checkpoint, is_reported
+from slidescale.engine.strategies.strategy import Strategy
+from slidescale.engine.training.checkpoint import Checkpoints
 from slidescale.engine.training.checksums import CHECKSUMS, write_checksums
-from slidescale.engine.training.history import EpochTotals
-from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
+from slidescale.engine.training.weights import WEIGHTS, read_weights
 
 from support import equivalence
+from support.checkpoints import fill, filled, flip, progress, small_strategy, two_checkpoints
 from support.equivalence import Case, mesh_for, whole
+from support.grids import full
 from support.worlds import World
 
 CPU = torch.device("cpu")
-STRATEGIES = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero3+offload"]
+STRATEGIES = ["ddp", "fsdp", "zero2", "zero3", *full("zero0", "zero1", "zero3+offload")]
 GetWorld = Callable[..., World]
-
-
-def progress(epoch: int) -> Progress:
-    return Progress(
-        epoch=epoch, step=5 * epoch, slides_a_step=1, excluded={"a": "é"}, unreported=EpochTotals([0.1, 0.2], 3)
-    )
-
-
-class Small(nn.Module):
-    """Two halves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.aggregator = nn.Linear(50, 20), nn.Linear(20, 2)
-
-
-def small_strategy() -> SingleStrategy:
-    model: Any = Small()
-    return SingleStrategy(model, torch.optim.SGD(model.parameters(), lr=0.1), None, device=CPU, clip=0)
-
-
-def fill(strategy: Strategy, value: float) -> None:
-    """Make all parameters `value`, as an epoch would make them something."""
-    with torch.no_grad():
-        for parameter in strategy.model.parameters():
-            parameter.fill_(value)
-
-
-def filled(strategy: Strategy) -> float:
-    """What `fill` was given."""
-    values = {float(value) for parameter in strategy.model.parameters() for value in parameter.detach().unique()}
-    assert len(values) == 1
-    return values.pop()
-
-
-def flip(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -82,14 +44,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: path.unlink(),
     "replaced": lambda path: path.write_bytes(b"[1, 2]"),
 }
-
-
-def two_checkpoints(folder: Path) -> tuple[SingleStrategy, Checkpoints]:
-    strategy, checkpoints = small_strategy(), Checkpoints(folder / "checkpoints", RankGroup())
-    for epoch in (1, 2):
-        fill(strategy, epoch)
-        checkpoints.save(strategy, progress(epoch))
-    return strategy, checkpoints
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -172,85 +126,6 @@ def test_values_that_are_not_finite_are_no_checkpoint(tmp_path: Path, caplog: py
     write_checksums(state.parent, RankGroup())
     assert checkpoints.load(strategy, "last").epoch == 1
     assert f"{name} has values that are not finite" in caplog.text
-
-
-# ---- kills
-
-WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.chmod", "os.truncate"}
-
-
-def kill_at(count: int) -> None:
-    """End this process at once at its next file operation but `count`."""
-    left = [count]
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or event in WRITES:
-            left[0] -= 1
-            if left[0] < 0:
-                os._exit(9)
-
-    sys.addaudithook(hook)
-
-
-def two_epochs(folder: Path, first: int) -> None:
-    """What the trainer does with checkpoints, in the epochs from `first` to 4; epoch 3 is the best."""
-    strategy, checkpoints = small_strategy(), Checkpoints(folder / "checkpoints", RankGroup(), keep=2)
-    begin = checkpoints.load(strategy, "last") if first > 1 or has_checkpoint(checkpoints.folder) else None
-    epoch = begin.epoch if begin else 0
-    if begin:
-        assert filled(strategy) == epoch
-    while True:
-        if begin is None or begin.unreported is None:
-            epoch += 1
-            if epoch > 4:
-                return
-            fill(strategy, epoch)
-            checkpoints.save(strategy, progress(epoch))
-        begin = None
-        if epoch in (1, 3) or checkpoints.last_is_best():
-            checkpoints.mark_best(strategy, progress(epoch))
-        checkpoints.mark_reported(progress(epoch))
-
-
-def test_a_kill_at_any_file_operation_is_made_up_for(tmp_path: Path) -> None:
-    """A process is killed at each of them in turn; the next one goes on, to the same end, and leaves nothing over."""
-    template = tmp_path / "template"
-    strategy, checkpoints = small_strategy(), Checkpoints(template / "checkpoints", RankGroup(), keep=2)
-    for epoch in (1, 2):
-        fill(strategy, epoch)
-        checkpoints.save(strategy, progress(epoch))
-        if epoch == 1:
-            checkpoints.mark_best(strategy, progress(epoch))
-        checkpoints.mark_reported(progress(epoch))
-    count = 0
-    while True:
-        folder = tmp_path / "killed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(template, folder, symlinks=True)
-        child = os.fork()
-        if child == 0:
-            try:
-                kill_at(count)
-                two_epochs(folder, 3)
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 9), f"operation {count}"
-        two_epochs(folder, 3)
-        left = {path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")}
-        assert left == {"epoch-0003", "epoch-0004", "best", "last"}, f"operation {count}"
-        links = {name: (folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
-        assert links == {"best": "epoch-0003", "last": "epoch-0004"}, f"operation {count}"
-        assert is_reported(folder / "checkpoints")
-        assert read_metadata(folder / WEIGHTS)["epoch"] == "3"
-        assert all(bool((value == 3).all()) for value in read_weights(folder / WEIGHTS, CPU).values())
-        assert not list(folder.glob("*.unfinished"))
-        if status == 0:
-            break
-        count += 1
-    assert count > 40, "there are that many"
 
 
 # ---- strategies

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.training import step
 
 from support.cells import BENCHMARKS, run_in_kept_worlds
 from support.equivalence import BAG_SIZES, Case, make_model, make_step, mesh_for, train
@@ -70,13 +68,10 @@ def count(_: TileGroup, case: Case, fault: bool = False) -> Counted:
     if fault:
         note = counter._note
         counter._note = lambda *call: note(*call) if torch._C._current_graph_task_id() == -1 else None
+    made.train_step.stopwatch = communication().CountingStopwatch(mesh.device, counter)
     dist.barrier()
     before = written()
-
-    def watch(device: torch.device) -> Any:
-        return communication().CountingStopwatch(device, counter)
-
-    with mock.patch.object(step, "Stopwatch", watch), counter:
+    with counter:
         train(case, made)
     seen = written() - before
     dist.barrier()

@@ -19,8 +19,8 @@ from slidescale.engine.models.dropout import KeyedDropout
 from slidescale.engine.models.gathered import Gathered
 from slidescale.engine.models.make import make_model
 
-from conftest import read_csv
-from test_training import make_config
+from support.runs import make_config
+from support.tables import read_csv
 
 MODULE = """
 import torch

@@ -246,7 +246,7 @@ def train_with(_: TileGroup, contents: list[dict[str, Any]]) -> list[list[float]
     """Losses of an epoch under each ds.json."""
     from slidescale.engine.api import make_step
     from slidescale.engine.strategies.make import Optimizing
-    from slidescale.engine.supervision.objective import CrossEntropy
+    from slidescale.engine.supervision.classes import CrossEntropy
 
     from support import equivalence
 

@@ -5,18 +5,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from slidescale.engine.config import SupervisionName
-from slidescale.engine.evaluation.figures import (
-    calibration,
-    confusion,
-    draw,
-    kaplan_meier,
-    precision_recall_curves,
-    roc_curves,
-)
+from slidescale.engine.evaluation.class_figures import calibration, precision_recall_curves, roc_curves
+from slidescale.engine.evaluation.figures import FIGURES, draw
 from slidescale.engine.evaluation.metrics import measure
-from slidescale.engine.supervision.make import supervision_of
+from slidescale.engine.evaluation.number_figures import kaplan_meier
+from slidescale.engine.supervision.make import KINDS, supervision_of
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +34,7 @@ def predicted(slides: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     labels, outputs = predicted(slides, 3)
-    if kind == "classes":
+    if kind in ("classes", "ordinal"):
         return labels, outputs, ["_first", "$second$ of a long name that has no room", "c"]
     if kind == "multi_label":
         return (
@@ -57,8 +54,13 @@ def cohort(kind: SupervisionName, slides: int) -> tuple[np.ndarray, np.ndarray, 
     )
 
 
+def axes() -> Axes:
+    return Figure().add_subplot()
+
+
 PICTURES: dict[SupervisionName, set[str]] = {
     "classes": {"roc", "precision_recall", "reliability", "confusion"},
+    "ordinal": {"confusion"},
     "multi_label": {"roc", "precision_recall"},
     "regression": {"scatter"},
     "survival": {"kaplan_meier"},
@@ -94,14 +96,17 @@ def test_curves_have_the_areas_of_the_metrics(classes: int) -> None:
     names = [f"class {c}" for c in range(classes)]
     values = measure("classes", labels, outputs, names)
     questions = supervision_of("classes").questions(labels, outputs, names)
-    rocs, precisions = roc_curves(questions), precision_recall_curves(questions)
-    assert [curve.name for curve in rocs] == (names[1:] if classes == 2 else names)
+    rocs, precisions = roc_curves(questions, axes()), precision_recall_curves(questions, axes())
+    assert [question.name for question in questions] == (names[1:] if classes == 2 else names)
     # Trapezoids under the points that are drawn; sums of some dozen doubles.
-    assert np.mean([np.trapezoid(curve.y, curve.x) for curve in rocs]) == pytest.approx(values["auroc"])
-    assert np.mean([curve.area for curve in rocs]) == pytest.approx(values["auroc"])
+    drawn = [curve.line_.get_xydata().T for curve in rocs]
+    assert np.mean([np.trapezoid(y, x) for x, y in drawn]) == pytest.approx(values["auroc"])
+    assert np.mean([curve.roc_auc for curve in rocs]) == pytest.approx(values["auroc"])
     # Average precision is the area of steps, from recall 1 down to 0.
-    steps = [-(np.diff(curve.x) * curve.y[:-1]).sum() for curve in precisions]
-    assert np.mean(steps) == pytest.approx(values["auprc"])
+    drawn = [curve.line_.get_xydata().T for curve in precisions]
+    assert {curve.line_.get_drawstyle() for curve in precisions} == {"steps-post"}
+    assert np.mean([-(np.diff(x) * y[:-1]).sum() for x, y in drawn]) == pytest.approx(values["auprc"])
+    assert np.mean([curve.average_precision for curve in precisions]) == pytest.approx(values["auprc"])
 
 
 def test_curves_of_labels_leave_out_what_is_missing() -> None:
@@ -110,7 +115,7 @@ def test_curves_of_labels_leave_out_what_is_missing() -> None:
     questions = supervision_of("multi_label").questions(targets, outputs, ["a", "b", "c"])
     assert [name for name, *_ in questions] == ["a"]
     assert questions[0][2].tolist() == [0.9, 0.1, 0.8]
-    assert roc_curves(questions)[0].area == 1.0
+    assert roc_curves(questions, axes())[0].roc_auc == 1.0
 
 
 def test_calibration_adds_up_to_the_error() -> None:
@@ -124,9 +129,27 @@ def test_calibration_adds_up_to_the_error() -> None:
     assert (bins.confidence[filled] > edges[:-1][filled]).all() and (bins.confidence[filled] <= edges[1:][filled]).all()
 
 
-def test_confusion_counts_true_by_predicted() -> None:
-    outputs = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.3, 0.3, 0.4], [0.1, 0.9, 0]])
-    assert confusion(np.array([0, 0, 2, 1]), outputs).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+def test_confusion_counts_true_by_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells have counts of the classes that the kind takes: the likeliest, or the median grade."""
+    texts: list[str] = []
+    text = Axes.text
+
+    def write(self: Axes, x: float, y: float, s: str, **style: object) -> object:
+        texts.append(s)
+        return text(self, x, y, s, **style)
+
+    monkeypatch.setattr(Axes, "text", write)
+    outputs = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.4, 0.25, 0.35], [0.1, 0.9, 0]])
+    targets = np.array([[0], [0], [2], [1]], dtype=float)
+    draw("classes", targets, outputs, ["a", "b", "c"])
+    assert texts == ["1\n50%", "1\n50%", "0\n0%", "0\n0%", "1\n100%", "0\n0%", "1\n100%", "0\n0%", "0\n0%"]
+    texts.clear()
+    draw("ordinal", targets, outputs, ["a", "b", "c"])
+    assert texts[6:] == ["0\n0%", "1\n100%", "0\n0%"]
+
+
+def test_kinds_name_figures_that_there_are() -> None:
+    assert {name for kind in KINDS.values() for name in kind.figures} == set(FIGURES)
 
 
 def test_kaplan_meier_of_the_textbook() -> None:
@@ -134,9 +157,10 @@ def test_kaplan_meier_of_the_textbook() -> None:
     events = np.array([6, 6, 6, 7, 10, 13, 16, 22, 23])
     censored = np.array([6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35])
     curve = kaplan_meier(np.r_[events, censored].astype(float), np.r_[np.ones(9, bool), np.zeros(12, bool)])
-    assert curve.times.tolist() == [0, 6, 7, 10, 13, 16, 22, 23]
     # To the four digits that are printed.
-    assert curve.alive == pytest.approx([1, 0.8571, 0.8067, 0.7529, 0.6902, 0.6275, 0.5378, 0.4482], abs=5e-5)
+    assert curve.evaluate([5, 6, 7, 10, 13, 16, 22, 23]) == pytest.approx(
+        [1, 0.8571, 0.8067, 0.7529, 0.6902, 0.6275, 0.5378, 0.4482], abs=5e-5
+    )
 
 
 def test_survival_counts_patients_once() -> None:
@@ -181,9 +205,6 @@ def test_a_figure_says_whose_it_is() -> None:
 def test_precision_is_beside_the_share_of_positive_slides() -> None:
     """Which is what a model that knows nothing has."""
     targets, outputs, names = cohort("classes", 53)
-    for curve, (_, truth, _) in zip(
-        precision_recall_curves(supervision_of("classes").questions(targets, outputs, names)),
-        supervision_of("classes").questions(targets, outputs, names),
-        strict=True,
-    ):
-        assert curve.positive == truth.mean()
+    questions = supervision_of("classes").questions(targets, outputs, names)
+    for curve, question in zip(precision_recall_curves(questions, axes()), questions, strict=True):
+        assert curve.prevalence_pos_label == question.truth.mean()

@@ -20,7 +20,7 @@ from slidescale.engine.models.foundation import FOUNDATION_MODELS, find_foundati
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.strategies.optim import parameter_groups
 
-from conftest import NARROW
+from support.networks import NARROW
 
 # Published on the models' cards and in their papers, in millions; D; blocks of the network.
 PUBLISHED = {

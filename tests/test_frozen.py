@@ -2,15 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,13 +16,12 @@ from torch import Tensor
 
 from slidescale.engine import logger
 from slidescale.engine.commands import recipe as main
-from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from slidescale.engine.config import Config, ModelConfig, RunConfig
 from slidescale.engine.data import features as features_module
 from slidescale.engine.data.bag import draw_bag, epoch_order
-from slidescale.engine.data.cohort import Cohort
 from slidescale.engine.data.features import FeatureReader, FeatureStore
 from slidescale.engine.data.manifest import ManifestRow, read_manifest
-from slidescale.engine.data.prefetch import TileReader, TileRequest
+from slidescale.engine.data.prefetch import TileRequest
 from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling
 from slidescale.engine.errors import ConfigError, SlideError, UserError
@@ -36,51 +30,24 @@ from slidescale.engine.memory.needs import Job
 from slidescale.engine.memory.planner import choose
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.make import make_model
-from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 from slidescale.engine.strategies.schedule import GroupSchedule, make_schedule
 from slidescale.engine.supervision.classes import CrossEntropy
-from slidescale.engine.training import frozen
-from slidescale.engine.training.frozen import deal, encode_cohort, encode_slide, fingerprint
+from slidescale.engine.training.frozen import fingerprint
 
-from conftest import damage, read_csv
-from support.worlds import PATIENCE_S, World, free_port
-from test_recipes import load
+from support.frozen import kept, losses, make_frozen_config, write_weights
+from support.recipes import load
+from support.slides import damage
+from support.tables import read_csv
 
 ROOT = Path(__file__).parent.parent
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 
 
-def write_weights(path: Path, seed: int = 1) -> Path:
-    """Of a network with BatchNorm layers whose statistics are not those it starts with."""
-    torch.manual_seed(seed)
-    encoder = Encoder("test_resnet", tile_px=64)
-    state = {
-        name: torch.rand_like(value) + 0.5 if "running_var" in name else value
-        for name, value in encoder.backbone.state_dict().items()
-    }
-    torch.save(state, path)
-    return path
-
-
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     return write_weights(tmp_path / "weights.pth")
-
-
-def make_config(manifest: Path, out: Path, weights: Path, *, frozen: bool = True, **changes: Any) -> Config:
-    return Config(
-        run=RunConfig(**({"name": "t", "out": out, "epochs": 1, "precision": "fp32", "heatmaps": 0} | changes)),
-        data=DataConfig(manifest=manifest, tile_px=64, k=12, classes=("wild_type", "mutant"), max_excluded=0.25),
-        model=ModelConfig(
-            encoder="test_resnet", weights=weights, frozen=frozen, hidden_dim=16, attention_dim=8, dropout=0.0
-        ),
-        memory=MemoryConfig(chunk=64),
-        optim=OptimConfig(optimizer="sgd", lr=0.02, clip=0.5),
-    )
 
 
 @pytest.fixture
@@ -102,22 +69,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return ask
 
 
-def losses(folder: Path) -> list[float]:
-    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
-
-
-def kept(out: Path) -> dict[str, Path]:
-    """Features' files by slide."""
-    return {file.name.rsplit("-", 1)[0]: file for file in sorted((out / "features").glob("*/*"))}
-
-
 def read_all_tiles(row: ManifestRow, tiling: Tiling) -> Tensor:
     with open_slide(row.path) as slide:
         return torch.from_numpy(np.stack([slide.read(int(x), int(y), (64, 64), 0.5) for x, y in tiling.coords]))
 
 
 def test_features_are_the_encoders_own(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
-    config = make_config(demo_manifest, tmp_path, weights)
+    config = make_frozen_config(demo_manifest, tmp_path, weights)
     folder = main.run(config)
     files = kept(tmp_path)
     rows = read_manifest(demo_manifest, config.data).rows
@@ -142,7 +100,7 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
     demo_manifest: Path, tmp_path: Path, weights: Path
 ) -> None:
     """An epoch, from the files, without the engine's feed, step and reader."""
-    config = make_config(demo_manifest, tmp_path, weights)
+    config = make_frozen_config(demo_manifest, tmp_path, weights)
     folder = main.run(config)
     rows = [row for row in read_manifest(demo_manifest, config.data).rows if row.split == "train"]
     assert len(rows) >= 3
@@ -174,8 +132,8 @@ def test_the_aggregator_trains_as_plain_autograd_on_these_features(
 
 def test_it_starts_as_end_to_end_does(demo_manifest: Path, tmp_path: Path, weights: Path) -> None:
     """The same bags, and the same aggregator: only what trains differs."""
-    frozen = main.run(make_config(demo_manifest, tmp_path, weights, name="frozen"))
-    trained = main.run(make_config(demo_manifest, tmp_path, weights, name="trained", frozen=False))
+    frozen = main.run(make_frozen_config(demo_manifest, tmp_path, weights, name="frozen"))
+    trained = main.run(make_frozen_config(demo_manifest, tmp_path, weights, name="trained", frozen=False))
     first, second = losses(frozen), losses(trained)
     assert first[0] == pytest.approx(second[0], rel=1e-5)
     assert first[-1] != pytest.approx(second[-1], rel=1e-5)
@@ -186,26 +144,26 @@ def test_it_starts_as_end_to_end_does(demo_manifest: Path, tmp_path: Path, weigh
 def test_a_second_run_reads_and_does_not_encode(
     demo_manifest: Path, tmp_path: Path, weights: Path, encoded: Callable[[], int]
 ) -> None:
-    first = main.run(make_config(demo_manifest, tmp_path, weights))
+    first = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     files = kept(tmp_path)
     tiles = {name: len(load_file(file)["coords"]) for name, file in files.items()}
     assert encoded() == sum(tiles.values()), "each tile once"
-    second = main.run(make_config(demo_manifest, tmp_path, weights))
+    second = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == 0
     assert losses(first) == losses(second)
 
     spoilt, *_ = files
     files[spoilt].write_bytes(files[spoilt].read_bytes()[:-100])
-    main.run(make_config(demo_manifest, tmp_path, weights))
+    main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == tiles[spoilt], "a file that is cut short is written again"
 
     write_weights(weights, seed=2)
-    third = main.run(make_config(demo_manifest, tmp_path, weights))
+    third = main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert encoded() == sum(tiles.values()), "other weights, by the same name"
     assert losses(third) != losses(first)
     assert len(list((tmp_path / "features").iterdir())) == 2
     write_weights(weights, seed=3)
-    longer = make_config(demo_manifest, tmp_path, weights, epochs=2)
+    longer = make_frozen_config(demo_manifest, tmp_path, weights, epochs=2)
     with pytest.raises(UserError, match="--resume: .*was begun with other weights of the frozen encoder"):
         main.run(dataclasses.replace(longer, resume=True))
 
@@ -264,83 +222,6 @@ def test_reading_features(tmp_path: Path, demo_manifest: Path) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
-def test_slides_are_dealt_out_by_size(ranks: int) -> None:
-    sizes = np.random.default_rng(0).lognormal(8, 1, 30).astype(int).tolist()
-    tiles = {f"s{index}": size for index, size in enumerate(sizes)} | {"a": 5, "b": 5}
-    shares = deal(tiles, ranks)
-    assert len(shares) == ranks
-    assert sorted(slide_id for share in shares for slide_id in share) == sorted(tiles), "each slide once"
-    loads = [sum(tiles[slide_id] for slide_id in share) for share in shares]
-    assert max(loads) <= max(4 / 3 * sum(sizes) / ranks, max(sizes))
-    for share in shares:
-        assert share == sorted(share, key=lambda slide_id: -tiles[slide_id])
-    assert deal(dict(reversed(tiles.items())), ranks) == shares, "also where slides of one size come in another order"
-    assert deal({}, ranks) == [[]] * ranks
-
-
-def encode_beside_a_slow_rank(group: TileGroup, config: Config) -> tuple[list[int], list[list[str]], float]:
-    """Tiles of the slides that this rank encodes; the second rank's first slide takes until the first rank has ended.
-
-    Also what was dealt, and how long ranks wait for each other at the end, in seconds.
-    """
-    slides: list[int] = []
-    shares: list[list[str]] = []
-    limits: list[float] = []
-    has_ended = config.run.out / "the first rank has ended"
-
-    def deal_and_note(*args: Any) -> list[list[str]]:
-        shares.extend(deal(*args))
-        return shares
-
-    def encode(model: SlideModel, row: ManifestRow, tiling: Tiling, *args: Any, **settings: Any) -> Iterator[Tensor]:
-        slides.append(len(tiling.coords))
-        deadline = time.monotonic() + PATIENCE_S / 2
-        while group.rank == 1 and not has_ended.exists():
-            assert time.monotonic() < deadline, "the first rank waits for the second"
-            time.sleep(0.05)
-        yield from encode_slide(model, row, tiling, *args, **settings)
-        if len(slides) == len(shares[0]):
-            has_ended.touch()
-
-    def gather(group: RankGroup, item: Any) -> Any:
-        if group.process_group is not None:
-            backend = group.process_group._get_backend(torch.device("cpu"))
-            limits.append(backend.options._timeout.total_seconds())
-        return gather_objects(group, item)
-
-    manifest = read_manifest(config.data.manifest, config.data)
-    cohort = Cohort(manifest, group, max_excluded=0, excluded_csv=config.run.out / "excluded.csv")
-    cohort.tile(SPEC, config.run.out / "tilings", threads=1)
-    model = make_model(config, classes=2, bf16=False, kernels="torch")
-    named = {"encoder": "e", "fingerprint": "1", "precision": "fp32", "dim": model.encoder.dim}
-    store = FeatureStore(config.run.out / "features", SPEC, **named)
-    reader = TileReader(SPEC, threads=1, pin=False)
-    gather_objects = RankGroup.gather_objects
-    with (
-        mock.patch.object(frozen, "deal", deal_and_note),
-        mock.patch.object(frozen, "encode_slide", encode),
-        mock.patch.object(RankGroup, "gather_objects", gather),
-    ):
-        encode_cohort(model, cohort, store, reader, Mesh(group, group), chunk=64, device=torch.device("cpu"))
-    reader.close()
-    (limit,) = limits
-    return slides, shares, limit
-
-
-def test_ranks_encode_their_shares_and_wait_once_without_a_limit(
-    demo_manifest: Path, tmp_path: Path, weights: Path, world: Callable[..., World]
-) -> None:
-    config = make_config(demo_manifest, tmp_path, weights)
-    (fast, shares, limit), (slow, others, _) = world(2).run(encode_beside_a_slow_rank, config)
-    assert shares == others, "every rank deals alike"
-    tiles = {name: len(load_file(file)["coords"]) for name, file in kept(tmp_path).items()}
-    assert sorted(shares[0] + shares[1]) == sorted(tiles), "each slide once"
-    assert [fast, slow] == [[tiles[slide_id] for slide_id in share] for share in shares]
-    assert abs(sum(fast) - sum(slow)) <= max(tiles.values())
-    assert limit > 30 * 86_400
-
-
 def test_encoding_tells_how_far_it_is(
     demo_manifest: Path,
     tmp_path: Path,
@@ -351,7 +232,7 @@ def test_encoding_tells_how_far_it_is(
     """Without a terminal, in lines."""
     monkeypatch.setattr(logger, "LINE_EVERY_S", 0.0)
     with caplog.at_level("INFO", logger="slidescale"):
-        main.run(make_config(demo_manifest, tmp_path, weights))
+        main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     told = re.findall(r"encoding: ([\d,]+) of ([\d,]+) tiles \((\d+)%\), [\d.,]+ tiles/", caplog.text)
     assert len(told) >= len(kept(tmp_path))
     done = [int(words[0].replace(",", "")) for words in told]
@@ -364,7 +245,7 @@ def test_unreadable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, weig
     spoilt = [next(row for row in rows if row["split"] == split) for split in ("train", "val")]
     for row in spoilt:
         damage(cohort_copy.parent / row["path"])
-    folder = main.run(make_config(cohort_copy, tmp_path, weights))
+    folder = main.run(make_frozen_config(cohort_copy, tmp_path, weights))
     reasons = {row["slide_id"]: row["reason"] for row in read_csv(folder / "excluded.csv")}
     assert set(reasons) == {row["slide_id"] for row in spoilt}
     assert all("cannot read at" in reason for reason in reasons.values())
@@ -380,7 +261,7 @@ def test_a_full_disk_is_told(
 
     monkeypatch.setattr(features_module, "save_file", fail)
     with pytest.raises(UserError, match="cannot write features to .*No space left"):
-        main.run(make_config(demo_manifest, tmp_path, weights))
+        main.run(make_frozen_config(demo_manifest, tmp_path, weights))
     assert not kept(tmp_path)
 
 
@@ -448,45 +329,3 @@ def test_the_plan_counts_features_and_no_encoder() -> None:
     plan = choose(Job(footprint=footprint), k=1000, budget=2**31, base=0, policy="recompute", chunk=1024)
     assert plan.need.pixels == 2 * 1000 * 4 * footprint.dim
     assert plan.stored == plan.stored_chunks(1000) == 0
-
-
-def launch(words: list[str]) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_two_ranks_train_as_one_does(cohort_copy: Path, tmp_path: Path, weights: Path) -> None:
-    """DeepSpeed, FSDP2 with a slide a rank, and one process: each computes its features anew; a slide is damaged."""
-    damage(cohort_copy.parent / "slides" / "slide-000.svs")
-    settings = ["recipes/egfr.py", "--data.manifest", str(cohort_copy), "--data.classes", "wild_type", "mutant"]
-    settings += ["--data.tile-px", "64", "--data.k", "11", "--data.max-excluded", "0.2", "--run.epochs", "1"]
-    settings += ["--run.precision", "fp32", "--run.heatmaps", "0", "--optim.optimizer", "sgd", "--optim.lr", "0.05"]
-    settings += ["--model.encoder", "test_resnet", "--model.weights", str(weights), "--model.no-pretrained"]
-    settings += ["--model.frozen"]
-    settings += ["--model.dropout", "0.1"]
-    port = str(free_port())
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    ds = tmp_path / "ds.json"
-    ds.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    ways = {
-        "one": [sys.executable, *settings],
-        "zero": [*deepspeed, *settings, "--deepspeed_config", str(ds)],
-        "fsdp": [*torchrun, *settings, "--parallel.strategy", "fsdp"],
-    }
-    found = {}
-    for name, words in ways.items():
-        output = launch([*words, "--run.out", str(tmp_path / name), "--run.name", "t"])
-        assert len(re.findall("features ready", output)) == 1
-        found[name] = losses(tmp_path / name / "t")
-        assert [row["slide_id"] for row in read_csv(tmp_path / name / "t" / "excluded.csv")] == ["slide-000"]
-        for slide, file in kept(tmp_path / name).items():
-            ours, theirs = load_file(file)["features"], load_file(kept(tmp_path / "one")[slide])["features"]
-            assert torch.equal(ours, theirs)
-    assert len(found["one"]) > 3
-    assert max(found["one"]) / min(found["one"]) > 1.02, "the losses are not all one"
-    assert found["zero"] == pytest.approx(found["one"], rel=1e-4)
-    assert found["fsdp"] == pytest.approx(found["one"], rel=1e-4)

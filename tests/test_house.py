@@ -20,7 +20,7 @@ FLOORS = [
     ["engine.models", "engine.supervision"],
     ["engine.config"],
     ["engine.process"],
-    ["engine.parallel", "engine.units"],
+    ["engine.parallel", "engine.units", "engine.checks"],
     ["kernels"],
     ["engine.files", "engine.logger", "engine.seeding"],
     ["engine.errors"],

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.seeding import seeded
 
 from support.equivalence import whole
+from support.grids import rest_in_full
 from support.transmil import TransMil
 from support.worlds import World
 
@@ -126,8 +128,10 @@ def trained(group: TileGroup, strategy: str, policy: Any, kind: type[torch.optim
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    rest_in_full([*zip(STRATEGIES, cycle([2, 3, 1, 2]))], [*product(STRATEGIES, [1, 2, 3])]),
+)
 def test_any_aggregator_trains_exactly(world: Callable[..., World], strategy: str, ranks: int) -> None:
     policy = {1: "auto", 2: "recompute", 3: "keep"}[ranks]
     assert max(world(ranks).run(trained, strategy, policy, torch.optim.SGD, ranks)) <= TOLERANCE

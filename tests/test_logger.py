@@ -20,7 +20,7 @@ from slidescale.engine.supervision.make import KINDS
 from slidescale.engine.training.run_log import CORE_SETTINGS, MOST_SETTINGS, RunLog
 from slidescale.engine.training.stopwatch import PHASES
 
-from test_training import make_config
+from support.runs import make_config
 
 SETTINGS = {"run.name": "a|b", "optim.lr": 0.5, "data.k": "all", "data.classes": ["x", "y"], "optim.clip": None}
 DEFAULTS = SETTINGS | {"optim.lr": 0.1}

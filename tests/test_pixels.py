@@ -13,7 +13,7 @@ from slidescale.engine.data.pyramid import level_downsample
 from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, exact_corners, tile_slide
 
-from test_slide import write_pyramid
+from support.slides import write_pyramid
 
 PERIOD_PX = 48.0
 

@@ -22,6 +22,7 @@ from slidescale.engine.strategies.held import Holding, model_state
 from slidescale.engine.units import GIB, MIB, parse_size
 
 from support.footprints import footprint
+from support.grids import full
 
 # ---- (a) the plan against a process
 
@@ -62,11 +63,13 @@ print(json.dumps({"base": base, "peak": peak_gib(torch.device("cpu")) * GIB}))
     ("name", "bf16", "k", "chunk", "stored"),
     [
         ("resnet18", True, 128, 16, 8),
-        ("resnet18", True, 128, 128, 0),
-        ("resnet18", True, 192, 16, 8),
-        ("vit_tiny_patch16_224", True, 80, 16, 5),
         ("vit_tiny_patch16_224", False, 64, 64, 0),
-        ("resnet10t", False, 128, 16, 7),
+        *full(
+            ("resnet18", True, 128, 128, 0),
+            ("resnet18", True, 192, 16, 8),
+            ("vit_tiny_patch16_224", True, 80, 16, 5),
+            ("resnet10t", False, 128, 16, 7),
+        ),
     ],
 )
 def test_peak_of_a_process(name: str, bf16: bool, k: int, chunk: int, stored: int) -> None:

@@ -1,11 +1,10 @@
 """Each recipe as users start it, on its demo data, with two ranks; and its settings for a study."""
 
-import importlib.util
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +15,9 @@ from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.foundation import find_foundation_model
 
-from conftest import read_csv
+from support.grids import full, rest_in_full
+from support.recipes import load, start
+from support.tables import read_csv
 from support.worlds import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +25,6 @@ RECIPES = ("egfr", "breast", "finetune_vit", "frozen_baseline")
 # Of a demo, as little as can be: its own network, rates and classes stay.
 LITTLE = ["--data.demo-slides", "8", "--run.epochs", "1", "--run.heatmaps", "0", "--data.min-tissue", "0.98"]
 PATIENCE_S = 1500
-
-
-def load(name: str) -> ModuleType:
-    """A recipe's settings; its call is for a script only."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +49,10 @@ def launched(name: str, launcher: str, out: Path, *words: str) -> str:
     return output
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.parametrize("name", RECIPES)
+FEW = [("egfr", "deepspeed"), ("frozen_baseline", "torchrun")]
+
+
+@pytest.mark.parametrize(("name", "launcher"), rest_in_full(FEW, [*product(RECIPES, ("deepspeed", "torchrun"))]))
 def test_a_recipe_trains_on_its_demo(name: str, launcher: str, out: Path) -> None:
     output = launched(name, launcher, out)
     assert "training on the DEMO COHORT" in output
@@ -68,6 +62,13 @@ def test_a_recipe_trains_on_its_demo(name: str, launcher: str, out: Path) -> Non
     assert ("features are read" in output) == demo.model.frozen
     predictions = read_csv(out / f"{name}-{launcher}" / "predictions.csv")
     assert predictions and {row["label"] for row in predictions} <= set(demo.data.classes)
+
+
+@pytest.mark.parametrize("name", ["breast", "finetune_vit"])
+def test_a_recipe_trains_in_one_process(name: str, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start(name, "--run.out", str(out), "--run.name", name, *LITTLE)
+    predictions = read_csv(out / name / "predictions.csv")
+    assert predictions and {row["label"] for row in predictions} <= set(load(name).DEMO.data.classes)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -127,17 +128,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return configs
 
 
-def start(*argv: str, **settings: Any) -> None:
-    module = load("egfr")
-    presets = settings.get("presets", {"eagle": module.EAGLE})
-    main.main("A recipe.", default=module.STUDY, demo=module.DEMO, presets=presets, argv=argv)
-
-
 def test_presets_are_chosen_by_name(runs: list[Config]) -> None:
-    start("--data.manifest", "x.csv", "--preset", "eagle", "--run.epochs", "3")
-    start("--preset=eagle", "--data.manifest=x.csv")
-    start("--data.manifest", "x.csv")
-    start()
+    start("egfr", "--data.manifest", "x.csv", "--preset", "eagle", "--run.epochs", "3")
+    start("egfr", "--preset=eagle", "--data.manifest=x.csv")
+    start("egfr", "--data.manifest", "x.csv")
+    start("egfr")
     assert [config.run.name for config in runs] == ["egfr-eagle", "egfr-eagle", "egfr", "egfr-demo"]
     assert [config.run.epochs for config in runs[:2]] == [3, 20]
     assert runs[0].model == runs[1].model == load("egfr").EAGLE.model
@@ -148,19 +143,19 @@ def test_presets_are_chosen_by_name(runs: list[Config]) -> None:
     [
         (["--data.manifest", "x.csv", "--preset", "eagel"], None, "--preset eagel: presets are: eagle"),
         (["--data.manifest", "x.csv", "--preset", "eagle"], {}, "--preset eagle: this recipe has no presets"),
-        (["--preset", "eagle"], None, "--preset eagle is for a study's slides: give --data.manifest"),
+        (["--preset", "eagle"], None, "--preset eagle is for your own slides: give --data.manifest"),
         (["--preset"], None, "--preset: name one of eagle"),
     ],
 )
 def test_presets_that_are_not_there(runs: list[Config], argv: list[str], presets: Any, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        start(*argv, **({} if presets is None else {"presets": presets}))
+        start("egfr", *argv, presets=presets)
     assert not runs
 
 
 def test_help_tells_of_presets(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        start("--preset", "eagle", "--help")
+        start("egfr", "--preset", "eagle", "--help")
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert "--preset NAME starts from other settings: eagle" in output
@@ -172,18 +167,18 @@ def test_help_tells_of_presets(runs: list[Config], capsys: pytest.CaptureFixture
 def test_help_says_which_defaults_are_whose(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     """Those of your own slides are shown, and what the demo has otherwise is listed; a run without slides is a demo."""
     with pytest.raises(SystemExit):
-        start("--help")
+        start("egfr", "--help")
     output = " ".join(capsys.readouterr().out.split())
     before, options = output.split("--data.tile-px INT")
     assert "The defaults below are those for your own slides" in before
     assert "Without a manifest, the demo cohort has these instead: --run.name egfr-demo" in before
     assert "--data.tile-px 64" in before and "--model.slide-norm," in before
     assert "(default: 224)" in options.split("--data.k")[0]
-    start()
+    start("egfr")
     assert runs[0].data.tile_px == 64
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", *full("deepspeed")])
 def test_the_study_runs_arm_after_arm_over_ranks_and_goes_on(launcher: str, out: Path, tmp_path: Path) -> None:
     page = tmp_path / "k_study.md"
     words = ["--k", "4", "all", "--seeds", "0", "--page", str(page), "--data.min-tissue", "0.9"]

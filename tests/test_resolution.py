@@ -18,7 +18,7 @@ from slidescale.engine.data.tiling import TileSpec
 from slidescale.engine.errors import ManifestError, SlideError
 from slidescale.engine.parallel.rank_group import RankGroup
 
-from test_slide import stained, write_tiff
+from support.slides import stained, write_tiff
 
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 

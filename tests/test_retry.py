@@ -1,7 +1,6 @@
 """Files that cannot be read now are told from damaged ones, and tried again."""
 
 import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,37 +19,11 @@ from slidescale.engine.errors import SlideError, SlideUnavailableError, UserErro
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
-from conftest import read_csv
+from support.slides import Away
+from support.tables import read_csv
 from support.worlds import World
 
 SPEC = TileSpec(tile_px=224, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
-
-
-class Away:
-    """A file system that is away for some of the system calls that open a file, and OpenSlide with it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, calls: int, number: int = errno.EIO) -> None:
-        self.left = calls
-        self._path, self._number = path, number
-        self._open, self._slide = os.open, openslide.OpenSlide
-        monkeypatch.setattr(os, "open", self.open)
-        monkeypatch.setattr(openslide, "OpenSlide", self.open_slide)
-
-    def _fails(self, path: object) -> bool:
-        if Path(str(path)) != self._path or not self.left:
-            return False
-        self.left -= 1
-        return True
-
-    def open(self, path: object, *args: object, **more: object) -> int:
-        if self._fails(path):
-            raise OSError(self._number, os.strerror(self._number), path)
-        return self._open(path, *args, **more)  # type: ignore[call-overload]
-
-    def open_slide(self, path: Path) -> openslide.OpenSlide:
-        if self._fails(path):
-            raise openslide.OpenSlideUnsupportedFormatError("Unsupported or missing image file")
-        return self._slide(path)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 4])

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from test_launch import PATIENCE_S, ROOT, SMALL, environment, losses
+from support.grids import full
+from support.launches import PATIENCE_S, ROOT, SMALL, environment, losses
 
 BIN = Path(sys.executable).parent
 RENDEZVOUS = "node-a:29500"  # nobody else is in the namespaces, so any port is free
@@ -176,7 +177,7 @@ def by_slurm(hosts: list[Host], words: list[str], logs: list[Path]) -> list[subp
         return [subprocess.Popen(script, env=environment() | job, stdout=file, stderr=subprocess.STDOUT)]
 
 
-@pytest.mark.parametrize(("launch", "strategy"), [(by_slurm, "fsdp"), (by_deepspeed, "zero2")])
+@pytest.mark.parametrize(("launch", "strategy"), [(by_slurm, "fsdp"), *full((by_deepspeed, "zero2"))])
 def test_two_machines_train_as_one_process_does(
     launch: Callable[..., list[subprocess.Popen[bytes]]],
     strategy: str,
@@ -203,6 +204,7 @@ def test_two_machines_train_as_one_process_does(
         assert host.received_mb() - before > 2.0 * len(alone), "gradients came through the cable"
 
 
+@pytest.mark.full
 def test_losing_a_machine_ends_the_run(hosts: list[Host], recipe: Callable[..., list[str]], tmp_path: Path) -> None:
     """All processes of a host die at once: the other host's launcher ends, with an error, and leaves none behind."""
     words = recipe("lost", epochs=1000)

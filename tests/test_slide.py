@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
-import tifffile
 from PIL import Image
 
 from slidescale.engine.data.bag import draw_bag, epoch_order, epoch_size
@@ -17,41 +16,10 @@ from slidescale.engine.data.slide import Slide, open_slide
 from slidescale.engine.data.tiling import TileSpec, Tiling, cached_tiling, exact_corners, tile_slide
 from slidescale.engine.errors import SlideError
 
+from support.slides import stained, write_pyramid, write_tiff
+
 SPEC = TileSpec(tile_px=224, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 ROW = ManifestRow("s", "c", Path("s.svs"), (0.0,), "train")
-
-
-def write_tiff(path: Path, image: np.ndarray, mpp_um: float | None) -> Path:
-    """A tiled TIFF that OpenSlide reads as a slide."""
-    resolution = {} if mpp_um is None else {"resolution": (1e4 / mpp_um,) * 2, "resolutionunit": "CENTIMETER"}
-    tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", compression="zlib", **resolution)
-    return path
-
-
-def write_pyramid(path: Path, levels: list[np.ndarray], mpp_um: float) -> Path:
-    """A generic TIFF of these levels, the first at `mpp_um`."""
-    with tifffile.TiffWriter(path) as file:
-        for index, level in enumerate(levels):
-            file.write(
-                level,
-                tile=(256, 256),
-                photometric="rgb",
-                compression="zlib",
-                metadata=None,
-                subfiletype=1 if index else 0,
-                resolution=(1e4 / mpp_um,) * 2,
-                resolutionunit="CENTIMETER",
-            )
-    return path
-
-
-def stained(height: int, width: int) -> np.ndarray:
-    """A pink square of tissue, a quarter of the area, in the middle of glass, with a gradient to tell tiles apart."""
-    image = np.full((height, width, 3), 245, np.uint8)
-    rows, columns = slice(height // 4, 3 * height // 4), slice(width // 4, 3 * width // 4)
-    image[rows, columns] = (200, 120, 170)
-    image[rows, columns, 1] = np.linspace(90, 150, columns.stop - columns.start).astype(np.uint8)
-    return image
 
 
 def test_real_slide_reads_as_openslide_does(real_slide: Path) -> None:

@@ -20,8 +20,8 @@ from slidescale.engine.process.stopping import AGAIN, RESUME, listening, note
 from slidescale.engine.training.checkpoint import Checkpoints
 from slidescale.engine.training.trainer import Trainer
 
+from support.runs import make_config
 from support.worlds import free_port
-from test_training import make_config
 
 BIN = Path(sys.executable).parent
 # Whatever takes so long hangs.
@@ -31,7 +31,7 @@ PATIENCE_S = 1500
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from slidescale.engine.stopping import listening, note
+from slidescale.engine.process.stopping import listening, note
 with listening():
     import torch
     from slidescale.engine.parallel.mesh import start_world
@@ -46,7 +46,7 @@ with listening():
 """
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
 }
 
 
@@ -91,7 +91,8 @@ def is_running(pid: int) -> bool:
 def test_ranks_end_with_their_launcher(name: str, whom: str, number: signal.Signals, tmp_path: Path) -> None:
     script, log = tmp_path / "rank.py", tmp_path / "log"
     script.write_text(SCRIPT)
-    words = [str(BIN / LAUNCHERS[name][0]), *LAUNCHERS[name][1:], str(script), str(tmp_path)]
+    port = [str(free_port())] if name == "deepspeed" else []
+    words = [str(BIN / LAUNCHERS[name][0]), *LAUNCHERS[name][1:], *port, str(script), str(tmp_path)]
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -8,8 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slidescale.engine.commands.study import Outcome, StudyConfig, arms_of, run_study, show, tell
+from slidescale.engine.commands.study import StudyConfig
 from slidescale.engine.commands.study_picture import Point, draw_against_k
+from slidescale.engine.commands.study_results import medians, show
+from slidescale.engine.commands.study_runs import Outcome, arms_of, run_study
 from slidescale.engine.config import Config, DataConfig, RunConfig
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import write_csv
@@ -17,7 +19,7 @@ from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.history import add_epoch, read_history
 from slidescale.engine.training.run_folder import open_run_folder, record_run
 
-from conftest import read_csv
+from support.tables import read_csv
 
 BASE = Config(run=RunConfig(name="base", epochs=3), data=DataConfig(k=8))
 
@@ -165,7 +167,7 @@ def test_seeds_are_counted_by_arm() -> None:
 
 def test_table_and_picture(tmp_path: Path) -> None:
     outcomes = run_study(arms_of(study([4, 16, "all"], frozen=True)), [0, 1, 2], tmp_path, Runner())
-    header, _, *rows = cells(tell(outcomes, "AUROC"))
+    header, _, *rows = cells(medians(outcomes, "AUROC"))
     by_name = [dict(zip(header, row, strict=True)) for row in rows]
     assert [row["K"] for row in by_name] == ["all", "4", "16", "all"]
     assert by_name[1]["train loss"] == "0.593 (0.583 to 0.603)"
@@ -182,8 +184,8 @@ def test_table_and_picture(tmp_path: Path) -> None:
 
 def test_undefined_metrics_are_left_out(tmp_path: Path) -> None:
     outcomes = [*run_study(arms_of(study([4])), [0, 9], tmp_path, Runner())]
-    assert cells(tell(outcomes, "AUROC"))[2][4] == "0.750 (0.750 to 0.750)"
-    assert cells(tell(outcomes[1:], "AUROC"))[2][4] == "undefined"
+    assert cells(medians(outcomes, "AUROC"))[2][4] == "0.750 (0.750 to 0.750)"
+    assert cells(medians(outcomes[1:], "AUROC"))[2][4] == "undefined"
     show(outcomes, "AUROC", tmp_path)
     assert isinstance(outcomes[1], Outcome) and outcomes[1].metric is None
 

@@ -10,7 +10,7 @@ from slidescale.engine.data.slide import open_slide
 from slidescale.engine.data.tiling import TileSpec, cache_key, stain_saturation, tile_slide
 from slidescale.engine.errors import SlideError
 
-from test_slide import write_tiff
+from support.slides import write_tiff
 
 SPEC = TileSpec(tile_px=64, mpp_um=0.5, min_tissue=0.5, default_mpp_um=None)
 MARGIN = 256

@@ -3,13 +3,10 @@
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,51 +18,22 @@ from tensorboard.plugins.hparams import metadata
 from slidescale.engine.commands import recipe as main
 from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import (
-    Config,
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
     OptimConfig,
-    ParallelConfig,
-    RunConfig,
 )
-from slidescale.engine.data.manifest import read_manifest
 from slidescale.engine.errors import TrainingError, UserError
-from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.strategy import GradientNorms, SingleStrategy
 from slidescale.engine.supervision.classes import CrossEntropy
-from slidescale.engine.training.checkpoint import Checkpoints
-from slidescale.engine.training.checksums import read_signed, write_signed
-from slidescale.engine.training.history import EpochTotals, read_history
-from slidescale.engine.training.run_folder import check_same_settings, find_run_folder
-from slidescale.engine.training.run_slides import check_same_slides
+from slidescale.engine.training.history import EpochTotals
 from slidescale.engine.training.trainer import Trainer
 
-from conftest import damage, edit_manifest, read_csv
-from support.worlds import World
-from test_retry import Away
+from support.grids import full
+from support.runs import make_config, weights_in
+from support.slides import Away, damage
+from support.tables import edit_manifest, read_csv
 
 
-def make_config(manifest: Path, out: Path, **changes: Any) -> Config:
-    """A run of a few seconds; `changes` are of the run's section, or whole sections."""
-    sections = {key: changes.pop(key) for key in ("resume", "deepspeed_config", "optim") if key in changes}
-    classes = changes.pop("classes", ("wild_type", "mutant"))
-    data = {"tile_px": 64, "k": 12, "classes": classes, "max_excluded": 0.25}
-    return Config(
-        run=RunConfig(**({"name": "t", "out": out, "epochs": 2, "precision": "fp32", "heatmaps": 2} | changes)),
-        data=DataConfig(manifest=manifest, **data),
-        model=ModelConfig(encoder="test_vit", hidden_dim=16, attention_dim=8, dropout=0.1),
-        memory=MemoryConfig(chunk=64),
-        **sections,
-    )
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)["model"]
-
-
-def test_what_a_run_leaves(demo_manifest: Path, tmp_path: Path) -> None:
-    folder = main.run(make_config(demo_manifest, tmp_path))
+def test_what_a_run_leaves(demo_manifest: Path, trained_run: Path) -> None:
+    folder = trained_run
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["data"]["k"] == 12
     assert record["versions"]["torch"] == version("torch")
@@ -115,7 +83,7 @@ def test_classes_and_what_metrics_are_of_are_told(
     assert (tmp_path / "train" / "t" / "checkpoints" / "best").resolve().name == "epoch-0002"
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json", "figures", "heatmaps"])
+@pytest.mark.parametrize("name", ["predictions.csv", "figures", *full("metrics.json", "heatmaps")])
 def test_a_result_that_cannot_be_written_does_not_end_the_run(
     demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -134,122 +102,6 @@ def test_a_result_that_cannot_be_written_does_not_end_the_run(
     others = {"predictions.csv", "metrics.json", "figures/roc.png", "history.csv"} - {name, f"{name}/roc.png"}
     assert all((folder / other).is_file() for other in others)
     assert not list(folder.glob("*.tmp"))
-
-
-def test_resumed_run_equals_an_uninterrupted_one(
-    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=3))
-    config = make_config(demo_manifest, tmp_path / "cut", epochs=3)
-    original = Trainer._train_epoch
-
-    def power_cut(self: Trainer, epoch: int, step: int) -> Any:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return original(self, epoch, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", power_cut)
-        with pytest.raises(KeyboardInterrupt):
-            main.run(config)
-    folder = main.run(make_config(demo_manifest, tmp_path / "cut", epochs=3, resume=True))
-    assert folder == tmp_path / "cut" / "t"
-    expected, found = weights_in(whole), weights_in(folder)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert read_csv(whole / "predictions.csv") == read_csv(folder / "predictions.csv")
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    """history.csv without what a clock or the process's size says."""
-    rows = read_csv(folder / "history.csv")
-    assert all(float(row["seconds"]) > 0 and float(row["tiles_per_s"]) > 0 for row in rows)
-    return [
-        {name: cell for name, cell in row.items() if name not in ("seconds", "tiles_per_s", "peak_gib")} for row in rows
-    ]
-
-
-def steps_of(folder: Path) -> dict[str, list[int]]:
-    """Of each of TensorBoard's curves, the steps that it has a value at."""
-    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-
-
-@pytest.mark.parametrize(
-    ("where", "epochs", "killed"),
-    [("evaluate", 1, 1), ("evaluate", 3, 2), ("_write_results", 2, 1), ("_report", 1, 1), ("mark_reported", 3, 2)],
-)
-def test_an_epoch_whose_validation_was_cut_off(
-    demo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, epochs: int, killed: int
-) -> None:
-    """A resume validates it first, from the totals in its checkpoint; history, the best epoch and TensorBoard's curves
-    are the same then. What it finds is what was on disk at that moment, as after a SIGKILL.
-    """
-    optim = OptimConfig(lr=1e-3)  # so that epochs differ
-    whole = main.run(make_config(demo_manifest, tmp_path / "whole", epochs=epochs, optim=optim))
-    config = make_config(demo_manifest, tmp_path / "cut", epochs=epochs, optim=optim)
-    owner = Checkpoints if where == "mark_reported" else Trainer
-    original, calls = getattr(owner, where), []
-
-    def power_cut(*args: Any, **settings: Any) -> Any:
-        calls.append(where)
-        if len(calls) == killed:
-            shutil.copytree(tmp_path / "cut", tmp_path / "killed", symlinks=True)
-            raise KeyboardInterrupt
-        return original(*args, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, where, power_cut)
-        with pytest.raises(KeyboardInterrupt):
-            main.run(config)
-    config = replace(config, run=replace(config.run, out=tmp_path / "killed"))
-    folder = tmp_path / "killed" / "t"
-    assert (folder / "checkpoints" / "last").resolve().name == f"epoch-{killed:04d}"
-    assert len(read_history(folder)) == killed - (where in ("evaluate", "_report")), "no row yet"
-    if where == "_report":  # the epoch was marked best, by a score that rounds otherwise on other ranks, say
-        progress = folder / "checkpoints" / "best" / "progress.json"
-        content, _ = read_signed(progress)
-        content["progress"]["best_score"][-1] += 1e-9
-        write_signed(progress, content)
-    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
-    main.run(replace(config, resume=True))
-    assert steps_of(folder) == steps_of(whole)
-    assert len(rows_of(whole)) == epochs
-    assert rows_of(folder) == rows_of(whole)
-    links = {name: (whole / "checkpoints" / name).resolve().name for name in ("best", "last")}
-    assert {name: (folder / "checkpoints" / name).resolve().name for name in links} == links
-    expected, found = load_file(whole / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    for name in ("predictions.csv", "metrics.json"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
-
-
-def run_cut_off_and_resume(group: TileGroup, config: Config) -> None:
-    """Three runs in one world: one whole; one that all ranks leave in its first validation; and that one resumed."""
-    main.run(config)
-    cut = replace(config, run=replace(config.run, name="cut"))
-    with mock.patch.object(Trainer, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        main.run(cut)
-    main.run(replace(cut, resume=True))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
-def test_runs_follow_each_other_in_one_world(
-    demo_manifest: Path, tmp_path: Path, world: Callable[..., World], strategy: str
-) -> None:
-    """As those of a study do; and on several ranks, too, a resume validates what was cut off."""
-    config = make_config(demo_manifest, tmp_path, name="whole")
-    if strategy.startswith("zero"):
-        ds = tmp_path / "ds.json"
-        ds.write_text(json.dumps({"zero_optimization": {"stage": int(strategy[-1])}}))
-        config = replace(config, deepspeed_config=ds)
-    else:
-        config = replace(config, parallel=ParallelConfig(strategy="ddp" if strategy == "ddp" else "fsdp"))
-    world(2).run(run_cut_off_and_resume, config)
-    assert len(rows_of(tmp_path / "whole")) == 2
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
-    assert read_csv(tmp_path / "cut" / "predictions.csv") == read_csv(tmp_path / "whole" / "predictions.csv")
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_frozen_start_and_half_the_slides_an_epoch(demo_manifest: Path, tmp_path: Path) -> None:
@@ -286,11 +138,6 @@ def test_a_taken_name_gets_a_number(demo_manifest: Path, tmp_path: Path) -> None
     (tmp_path / "t" / "precious").touch()
     assert main.run(make_config(demo_manifest, tmp_path, epochs=1)) == tmp_path / "t-2"
     assert list((tmp_path / "t").iterdir()) == [tmp_path / "t" / "precious"]
-
-
-def test_nothing_to_resume(demo_manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no run .* with a checkpoint"):
-        main.run(make_config(demo_manifest, tmp_path, resume=True))
 
 
 def test_unusable_slides_are_set_aside(cohort_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -425,79 +272,6 @@ def test_weights_that_are_not_finite_are_no_checkpoint(
     assert links == {"best": "epoch-0001", "last": "epoch-0001"}
     main.run(replace(config, resume=True))
     assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
-
-
-def test_a_resume_names_the_damaged_checkpoint_and_goes_on_from_the_one_before(
-    trained_run: Path, demo_manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(trained_run.parent, tmp_path / "runs", symlinks=True)
-    folder = tmp_path / "runs" / "t"
-    before = weights_in(folder)
-    state = folder / "checkpoints" / "last" / "state.pt"
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(content)
-    with caplog.at_level(logging.INFO):
-        main.run(make_config(demo_manifest, tmp_path / "runs", resume=True))
-    assert "epoch-0002 cannot be used: state.pt has other content than was written" in caplog.text
-    assert "resumed after epoch 1 " in caplog.text and f", from {folder / 'checkpoints' / 'epoch-0001'}" in caplog.text
-    after = weights_in(folder)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert rows_of(folder) == rows_of(trained_run)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda rows: [row | {"split": {"train": "val", "val": "train"}[row["split"]]} for row in rows],
-            r"12 of 12 slides are in another split: slide-\d+ \(\w+, now \w+\), .*, …$",
-        ),
-        (
-            lambda rows: [rows[0] | {"label": {"mutant": "wild_type"}.get(rows[0]["label"], "mutant")}, *rows[1:]],
-            r"1 of 12 slides have another label: slide-\d+ \((wild_type, now mutant|mutant, now wild_type)\)$",
-        ),
-        (lambda rows: rows[:-1], r"1 of 11 slides are missing: slide-\d+$"),
-        (
-            lambda rows: [rows[0] | {"slide_id": "new"}, *rows[1:]],
-            r"1 of 12 slides are new: new\n  1 of 12 slides are missing: slide-\d+$",
-        ),
-    ],
-)
-def test_a_resume_takes_no_other_slides(
-    trained_run: Path, cohort_copy: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]], message: str
-) -> None:
-    config = make_config(cohort_copy, trained_run.parent, resume=True)
-    check_same_slides(trained_run, read_manifest(cohort_copy, config.data))  # the same, elsewhere
-    edit_manifest(cohort_copy, change)
-    with pytest.raises(UserError, match=message):
-        main.run(config)
-
-
-def test_a_run_that_recorded_no_slides_goes_on(
-    trained_run: Path, demo_manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    manifest = read_manifest(demo_manifest, make_config(demo_manifest, tmp_path).data)
-    check_same_slides(tmp_path, manifest)
-    assert "has no slides.json" in caplog.text
-    (tmp_path / "slides.json").write_bytes((trained_run / "slides.json").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"cannot read .*slides.json"):
-        check_same_slides(tmp_path, manifest)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3, "classes": []}', '{"config": {}}'])
-def test_a_resume_with_a_damaged_record_is_refused_in_a_line(
-    demo_manifest: Path, tmp_path: Path, trained_run: Path, text: str
-) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "checkpoints").symlink_to(trained_run / "checkpoints")
-    (tmp_path / "t" / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"^cannot read .*config.json: [^\n]*$"):
-        find_and_check(make_config(demo_manifest, tmp_path, resume=True))
-
-
-def find_and_check(config: Config) -> None:
-    check_same_settings(find_run_folder(config.run.out, config.run.name), config)
 
 
 def test_real_slide_beside_drawn_ones(cohort_copy: Path, real_slide: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from slidescale.engine.logger import configure_logging
 from slidescale.engine.memory.two_pass import Backward, Chunks, Encoded
 from slidescale.engine.memory.usage import held_bytes, peak_gib, reset_peak
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh, is_main_rank, join, stop_world
+from slidescale.engine.parallel.mesh import Mesh, join, stop_world
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.training import step
 from slidescale.engine.units import GIB, format_size
 
@@ -62,14 +63,13 @@ def measure(
     row = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     if cell.device == "cpu" and row["peak_gib"] * GIB > limits.bytes:
-        return Ended(
-            "out of memory", f"held {row['peak_gib']:.2f} GiB for a moment; the limit is {format_size(limits.bytes)}"
-        ), {}
+        held = f"held {row['peak_gib']:.2f} GiB for a moment; the limit is {format_size(limits.bytes)}"
+        return Ended("out of memory", held), {}
     return ended, row
 
 
 def run(cell: Cell, slide: Path, result: Path, compare: Path | None, write: Path | None) -> None:
-    """What a rank does."""
+    """Take the steps of a cell as one rank; the main rank writes the row."""
     if cell.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     mesh = join(alone=cell.strategy == "single")

@@ -26,9 +26,10 @@ from slidescale.engine.memory.two_pass import Chunks, backpropagate, encode
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import Mesh, is_main_rank, join, stop_world
+from slidescale.engine.parallel.mesh import Mesh, join, stop_world
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
 from slidescale.kernels.dispatch import choose_kernels
 

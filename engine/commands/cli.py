@@ -1,39 +1,74 @@
-"""The command `slidescale`: what can be asked before a run, and what can be done with a trained one."""
+"""The command `slidescale`: what can be asked before a run, and what can be done with a trained one.
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+A command is imported when it runs, so that --help needs none of the libraries that take seconds to import.
+"""
 
-import tyro
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
-from slidescale.engine.commands.export import ExportRequest, export_encoder
-from slidescale.engine.commands.heatmap import HeatmapRequest, draw_heatmap
-from slidescale.engine.commands.plan import PlanRequest, print_plan
-from slidescale.engine.commands.predict import PredictRequest, predict_slides
-from slidescale.engine.commands.recipe import command
+from slidescale.engine.commands.command_line import parse, without_local_rank
+from slidescale.engine.commands.ending import command
 from slidescale.engine.logger import configure_logging
-from slidescale.engine.parallel.mesh import is_main_rank
+from slidescale.engine.process.launcher import is_main_rank
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "plan": (PlanRequest, print_plan),
-    "predict": (PredictRequest, predict_slides),
-    "heatmap": (HeatmapRequest, draw_heatmap),
-    "export": (ExportRequest, export_encoder),
+
+class Command(NamedTuple):
+    """A command of `slidescale`.
+
+    Attributes:
+        settings: dataclass that its command line makes, as "module:Class" in this package.
+        function: what takes these settings and does the work, likewise.
+        about: what it does, in a line of --help.
+    """
+
+    settings: str
+    function: str
+    about: str
+
+
+COMMANDS = {
+    "plan": Command("plan:PlanRequest", "plan:print_plan", "memory and time of a training step, before there is a GPU"),
+    "predict": Command("requests:PredictRequest", "predict:predict_slides", "predict slides with a trained run"),
+    "heatmap": Command("requests:HeatmapRequest", "heatmap:draw_heatmap", "draw where a trained run looks on a slide"),
+    "export": Command("requests:ExportRequest", "export:export_encoder", "write a trained encoder for timm"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; errors of the input are told in one line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    # DeepSpeed's launcher puts --local_rank=N in front; the same stands in the environment.
-    argv = [word for word in argv if not word.startswith("--local_rank=")]
-    requests: dict[str, Callable[..., Any]] = {name: request for name, (request, _) in COMMANDS.items()}
+    """Run a command; an error of the input is one line."""
+    argv = without_local_rank(argv)
     with command():
-        request = tyro.extras.subcommand_cli_from_dict(requests, prog="slidescale", args=argv)
-        perform = next(perform for kind, perform in COMMANDS.values() if isinstance(request, kind))
-        if not isinstance(request, PlanRequest):  # which answers on stdout
+        name = _choose(argv)
+        request = parse(_find(COMMANDS[name].settings), argv[1:], prog=f"slidescale {name}")
+        if name != "plan":  # which answers on stdout
             configure_logging(is_main_rank())
-        perform(request)
+        _find(COMMANDS[name].function)(request)
+
+
+def _choose(argv: Sequence[str]) -> str:
+    """The command that a line begins with.
+
+    Raises:
+        SystemExit: it is --help, or begins with none.
+    """
+    lines = "\n".join(f"  {name:<9} {command.about}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="slidescale",
+        usage="slidescale COMMAND ...",
+        description=f"commands (slidescale COMMAND --help lists the settings of one):\n{lines}",
+        epilog="Recipes train: python recipes/egfr.py --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser.parse_args(argv[:1]).command
+
+
+def _find(place: str) -> Any:
+    """What is called "module:name" in this package."""
+    module, name = place.split(":")
+    return getattr(import_module(f"slidescale.engine.commands.{module}"), name)
 
 
 if __name__ == "__main__":

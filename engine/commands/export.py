@@ -3,17 +3,16 @@
 import errno
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from slidescale.engine.commands.requests import ExportRequest
 from slidescale.engine.commands.trained import TrainedRun, load_run
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.files import check_output, replacing, write_json
@@ -24,26 +23,6 @@ from slidescale.engine.models.lora import merge_adapters
 from slidescale.engine.training.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """Write the encoder of a run's best epoch for timm: weights, and a JSON beside them that says how to load them.
-
-    Adapters (--model.lora-rank) are merged into the weights.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/egfr."""
-    out: Path = Path("encoder.safetensors")
-    """File to write; the description goes to the same name with .json."""
-    weights: Path | None = None
-    """Weights of a frozen encoder, where they are no longer where the run's settings say; they must be the same."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        if self.out.suffix != ".safetensors":
-            raise ConfigError(f"--out is {self.out}: must end in .safetensors, by which timm knows the format")
 
 
 def export_encoder(request: ExportRequest) -> None:

@@ -1,19 +1,18 @@
-"""`slidescale predict`: what a trained run says of slides, from all their tissue tiles, with or without labels."""
+"""`slidescale predict`: predictions of a trained run, from all tissue tiles of each slide."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
-from slidescale.engine.commands.trained import Precision, TrainedRun, load_run
+from slidescale.engine.commands.requests import ComputeSettings, PredictRequest
+from slidescale.engine.commands.trained import TrainedRun, load_run
 from slidescale.engine.data.labels import Labels, read_labels
 from slidescale.engine.data.manifest import NamedFile, read_files
 from slidescale.engine.data.prefetch import TileReader
@@ -38,63 +37,6 @@ from slidescale.engine.training.weights import WEIGHTS
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComputeSettings:
-    """How a trained model is run."""
-
-    weights: Path | None = None
-    """Weights of a frozen run's encoder, where they no longer are what the run's settings name; must be the same."""
-    precision: Precision = "fp32"
-    """Arithmetic of matrix products. In full fp32 a slide's probability does not depend on ranks or chunks (to 1e-5);
-    bf16, which training and its predictions.csv use where the processor has it, is faster and rounds to 1 part in 256
-    at each layer, differently for each way of cutting a slide."""
-    chunk: int | None = None
-    """Tiles that go through the encoder at once; by default 128 on a GPU, 16 on a CPU."""
-    readers: int = 2
-    """Threads a rank that read tiles."""
-    default_mpp_um: float | None = None
-    """Level-0 resolution, in µm a pixel, assumed for slides whose file states none, or one that cannot
-    be; by default as in the run."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError(f"--chunk is {self.chunk}: must be at least 1 tile")
-        if self.readers < 1:
-            raise ConfigError(f"--readers is {self.readers}: must be at least 1 thread")
-        if self.default_mpp_um is not None and not self.default_mpp_um > 0:
-            raise ConfigError(f"--default-mpp-um is {self.default_mpp_um}: must be a positive number of µm a pixel")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictRequest(ComputeSettings):
-    """Predict slides with the best epoch of a trained run.
-
-    Under torchrun or deepspeed, ranks share each slide's tiles. A slide that cannot be predicted is told of, the others
-    are written, and the command fails.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/egfr."""
-    slides: tuple[Path, ...] = ()
-    """Slide files; a slide's name is its file's, without the ending."""
-    manifest: Path | None = None
-    """CSV with a row a slide instead: slide_id and path (called as in the run's manifest), relative to its folder, and
-    mpp_um where a file states no resolution or a wrong one. With the run's label columns too, and case_id for intervals
-    over patients, there are metrics and figures of the slides that have a label, beside --out."""
-    out: Path = Path("predictions.csv")
-    """CSV to write, anew after each slide: slide_id, path, what is predicted (of classes, probability of the second of
-    two, or of each of more), k (tiles used)."""
-    heatmaps: Path | None = None
-    """Folder for each slide's attention, as `slidescale heatmap` writes it."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        super().__post_init__()
-        if bool(self.slides) == (self.manifest is not None):
-            raise ConfigError("name the slides, either by --slides or by --manifest")
-
-
 class SlidePrediction(NamedTuple):
     """The result of `Objective.predict` `[O]`, and the weight of each of the tiling's N tiles `[N]`, summing to 1.
 
@@ -108,7 +50,7 @@ class SlidePrediction(NamedTuple):
 
 
 def attention_of(answer: SlidePrediction, run: TrainedRun) -> np.ndarray:
-    """The weights of a slide's tiles, for a picture.
+    """The weights of the tiles of a slide, for a picture.
 
     Raises:
         SlideError: the run's aggregator gives none.
@@ -129,8 +71,8 @@ class Predictor:
     """A trained run, and the ranks that share its work, each with the whole model.
 
     Args:
-        mesh: of one tile group.
-        device: of this rank, where the model is.
+        mesh: one group of ranks, which share the tiles of each slide.
+        device: where this rank computes, and the model is.
     """
 
     def __init__(self, run: TrainedRun, settings: ComputeSettings, mesh: Mesh, device: torch.device) -> None:
@@ -148,7 +90,7 @@ class Predictor:
         )
 
     def predict(self, files: Sequence[NamedFile]) -> Iterator[SlidePrediction | Failure]:
-        """Each slide's prediction, or why there is none, alike on every rank, which takes them all."""
+        """Predict each slide, or give the reason why not, alike on every rank; every rank must take all of them."""
         tilings: dict[str, Tiling] = {}
         for file, found in zip(files, self._tile(files), strict=True):
             if isinstance(found, Tiling):
@@ -175,15 +117,15 @@ class Predictor:
             reader.close()
 
     def says(self, answer: SlidePrediction) -> str:
-        """What is predicted of a slide, in words."""
+        """The prediction of a slide in words."""
         return supervision_of(self.run.config.data.supervision).output_words(self.run.classes, answer.output)
 
     def open(self, file: NamedFile) -> Slide:
-        """Open a slide as its tiles are read."""
+        """Open a slide as it is opened for its tiles."""
         return open_slide(file.path, default_mpp_um=self.spec.default_mpp_um, mpp_um=file.mpp_um)
 
     def _tile(self, files: Sequence[NamedFile]) -> list[Tiling | str]:
-        """Every slide's tiling, or why it has none; each rank finds the tissue of its share of the slides."""
+        """Find the tiles of every slide, or the reason why not; each rank finds those of its share of the slides."""
         world = self.mesh.world
         meter = Meter("finding tissue", len(files), "slide", main=world.rank == 0)
         with ThreadPoolExecutor(self._readers) as pool:
@@ -194,7 +136,7 @@ class Predictor:
 
 
 def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
-    """Load a run on this process's device, and meet the other ranks if a launcher has started some.
+    """Load a run on the device of this process, and meet the other ranks if a launcher has started some.
 
     Raises:
         UserError: see `load_run` and `join`.
@@ -206,7 +148,7 @@ def start_predictor(folder: Path, settings: ComputeSettings) -> Predictor:
 
 
 def predict_slides(request: PredictRequest) -> None:
-    """Predict slides and write a table, and metrics and figures where the manifest has labels; the main rank writes.
+    """Predict slides and write a table, plus metrics and figures if the manifest has labels; the main rank writes.
 
     Raises:
         UserError: the run, the list of slides or the place to write to cannot be used, or some slides could not be
@@ -216,7 +158,7 @@ def predict_slides(request: PredictRequest) -> None:
 
 
 def predict_with(predictor: Predictor, request: PredictRequest) -> None:
-    """As `predict_slides`, with a run that is loaded; every rank calls it.
+    """Predict slides like `predict_slides`, with a run that is loaded already; every rank calls it.
 
     Raises:
         UserError: as there.
@@ -236,12 +178,12 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
     seen = labels.seen if isinstance(labels, Labels) else 0
     if own := world.ask_main(lambda: known_splits(run.folder, files)):
         log.warning(
-            "of these slides, %s of this run itself: what it says of them is no evidence for others",
+            "of these slides, %s of this run itself: its predictions for them are no evidence for other slides",
             " and ".join(f"{count} are in split {split}" for split, count in sorted(own.items())),
         )
         seen = max(seen, own["train"] + own["val"])
     elif seen:
-        log.warning("%d slides are in split train or val of %s: their metrics flatter", seen, request.manifest)
+        log.warning("%d slides are in split train or val of %s: their metrics are optimistic", seen, request.manifest)
     header = ("slide_id", "path", *kind.output_columns(run.classes), "k")
     rows: dict[str, tuple[object, ...]] = {}
     outputs: dict[str, np.ndarray] = {}
@@ -251,7 +193,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
         write_csv(request.out, header, [rows[file.slide_id] for file in files if file.slide_id in rows])
 
     _write(request.out, partial(_check_places, request, files), world)
-    _write(request.out, write_table, world)  # now, since it is for nothing if it cannot be written
+    _write(request.out, write_table, world)  # now, so that nothing is computed for a table that cannot be written
     stopping.note(f"before the first of {len(files)} slides", "give the same command again")
     for number, answer in enumerate(predictor.predict(files), start=1):
         stopping.note(f"after {number} of {len(files)} slides", f"{request.out} has those that were predicted")
@@ -297,7 +239,7 @@ def predict_with(predictor: Predictor, request: PredictRequest) -> None:
 
 
 def _write(path: Path, write: Callable[[], None], world: RankGroup) -> None:
-    """Let the main rank write, and every rank hear when it cannot.
+    """Let the main rank write; if it cannot, every rank raises.
 
     Raises:
         UserError: it cannot.
@@ -317,7 +259,7 @@ def _metrics_of(out: Path) -> Path:
 
 
 def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
-    """Refuse to write over inputs, and over what is somebody else's.
+    """Refuse to write over inputs, and over files that this command has not written.
 
     Raises:
         OSError: says what is there.
@@ -331,7 +273,7 @@ def _check_places(request: PredictRequest, files: Sequence[NamedFile]) -> None:
 
 
 def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
-    """Metrics and figures beside the table."""
+    """Write metrics and figures beside the table."""
     path, folder = _metrics_of(out), out.with_name(f"{out.stem}_figures")
     found = estimate(*judged)
     write_metrics(path, found, "external", seen=seen)
@@ -342,7 +284,7 @@ def _write_metrics(out: Path, judged: Judged, seen: int) -> None:
 
 
 def name_files(paths: Sequence[Path]) -> list[NamedFile]:
-    """Slides called as their files are, without the ending.
+    """Name slides after their files, without the ending.
 
     Raises:
         ConfigError: two have one name.

@@ -15,7 +15,7 @@ END_TO_END, FROZEN = "#0072b2", "#d55e00"
 
 
 class Point(NamedTuple):
-    """One run: its arm, tiles of a training bag, and the value drawn."""
+    """A run in the picture: its arm, its tiles per training bag, and the value drawn."""
 
     arm: str
     frozen: bool
@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 
 def draw_against_k(train_loss: Sequence[Point], metric: Sequence[Point], metric_name: str) -> np.ndarray:
-    """Training loss and a metric of validation against K, uint8 `[H, W, 3]`.
+    """Draw training loss and a validation metric against K, uint8 `[H, W, 3]`.
 
     A line joins the medians over seeds, bars span all seeds, and dots are the runs; a frozen encoder, which saw all
     tiles, is a level to compare with.
@@ -35,7 +35,7 @@ def draw_against_k(train_loss: Sequence[Point], metric: Sequence[Point], metric_
     _draw(left, train_loss, "training loss, last epoch")
     _draw(right, metric, f"validation {metric_name}, last epoch")
     seeds = max(Counter(point.arm for point in train_loss).values(), default=0)
-    figure.suptitle(f"More tiles a slide (median and range of {seeds} seeds, the same slides)", x=0.01, ha="left")
+    figure.suptitle(f"More tiles per slide (median and range of {seeds} seeds, the same slides)", x=0.01, ha="left")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     canvas.draw()
@@ -75,7 +75,7 @@ def _draw(axes: Axes, points: Sequence[Point], label: str) -> None:
     axes.set_xticks(sorted(set(places)), [f"{place:,}" for place in sorted(set(places))])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("K, tiles of a training bag")
+    axes.set_xlabel("K, tiles per training bag")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,10 +6,10 @@ Only a frozen encoder's weights are not in them: they are read from where the ru
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from slidescale.engine.commands.requests import Precision
 from slidescale.engine.config import Config
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.make import make_model
@@ -22,8 +22,6 @@ from slidescale.engine.training.run_config import read_config
 from slidescale.engine.training.run_folder import read_record
 from slidescale.engine.training.weights import WEIGHTS, read_metadata, read_weights
 from slidescale.kernels.dispatch import choose_kernels
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from slidescale.engine.data.demo_fields import GRID, noise, soft_step
 
 @dataclass(frozen=True, kw_only=True)
 class Nucleus:
-    """What nuclei of one kind look like; lengths in px, densities in units of haematoxylin."""
+    """The looks of nuclei of one kind; lengths in px, densities in units of haematoxylin."""
 
     semi_minor: tuple[float, float]
     """Mean and standard deviation of the semi-minor axis."""

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from slidescale.engine.config import DataConfig
 from slidescale.engine.data.table import read_table
-from slidescale.engine.errors import ManifestError, near
+from slidescale.engine.errors import ManifestError, flag, near
 from slidescale.engine.supervision.cells import Record, is_missing
 from slidescale.engine.supervision.make import supervision_of
 
@@ -37,7 +37,7 @@ def read_records(path: Path, columns: Mapping[str, str]) -> list[Record]:
 def roles(data: DataConfig) -> list[tuple[str, str]]:
     """(setting, column) of each column that a manifest must have."""
     names = ("slide_column", "case_column", "path_column", "split_column")
-    own = [(f"--data.{name.replace('_', '-')}", getattr(data, name)) for name in names]
+    own = [(flag(f"data.{name}"), getattr(data, name)) for name in names]
     return own + supervision_of(data.supervision).columns(data)
 
 

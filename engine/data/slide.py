@@ -37,7 +37,7 @@ def open_slide(path: Path, *, default_mpp_um: float | None = None, mpp_um: float
 
 
 class SlideFile(Protocol):
-    """What a reader answers about an open file; `Slide` makes everything else of it.
+    """An open file, as far as a reader must answer for it; `Slide` makes everything else of these answers.
 
     It must be safe to read from several threads.
 
@@ -76,8 +76,8 @@ class Bounds(NamedTuple):
     height: int
 
 
-# Which levels of a file are good, and what is to be said of the others, by path, size and time of change: checked once
-# per process, since slides are opened again and again.
+# The good levels of a file, and sentences on the rest, by path, size and time of change: checked once per process, for
+# slides are opened again and again.
 _checked: dict[tuple[str, int, int], tuple[tuple[Level, ...], tuple[str, ...]]] = {}
 
 
@@ -164,7 +164,7 @@ class Slide:
         return np.concatenate(list(self.read_bands(size_px, self.mpp_um * downsample)))
 
     def levels(self) -> tuple[Level, ...]:
-        """The levels that show what level 0 shows, where it shows it, from fine to coarse; others are not read.
+        """The levels that show what level 0 shows, where it shows it, from fine to coarse; the rest is not read.
 
         A level whose width and height are not level 0's divided by one number was padded, or is another picture; and
         one of the right shape is compared with the next finer good level in a few places. Files have both kinds of
@@ -208,7 +208,7 @@ class Slide:
         return Level(0, self.width, self.height, (1.0, 1.0))
 
     def _check_levels(self) -> tuple[tuple[Level, ...], tuple[str, ...]]:
-        """The good levels, and what is wrong with the others."""
+        """The good levels, and a sentence on each of the rest."""
         good, doubts = [self._level_0], []
         for index, (width, height) in enumerate(self._file.sizes[1:], start=1):
             downsample = level_downsample((self.width, self.height), (width, height))

@@ -17,13 +17,12 @@ import tifffile
 from PIL import Image
 from scipy.stats import rankdata
 
+from slidescale.engine.config import ATTENTION_PX
 from slidescale.engine.data.slide import Slide
 from slidescale.engine.data.tiling import Tiling
 from slidescale.engine.evaluation.attention_picture import attention_colours, attention_overlay, with_legend
 from slidescale.engine.files import check_output, file_name, replacing, save_png, write_text
 
-# Longer side of each of the PNG's two pictures.
-MAX_PX = 2048
 # Pixels of the TIFF along a tile's side: a whole slide of 20,000 tiles is some 2,000 to 4,000 pixels wide.
 PX_A_TILE = 16
 TIFF_TILE_PX = 256
@@ -42,7 +41,7 @@ def write_attention(
     *,
     model: str,
     says: str,
-    max_px: int = MAX_PX,
+    max_px: int = ATTENTION_PX,
     top: float = 1.0,
 ) -> list[Path]:
     """Write `<name>_attention.png`, `.tif` and `.geojson`, each whole or not at all.

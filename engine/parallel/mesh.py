@@ -20,11 +20,6 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 PATIENCE = timedelta(hours=2)
 
 
-def is_main_rank() -> bool:
-    """Whether this process speaks for the world; known before the world has started."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def local_ranks() -> int:
     """The number of ranks on this machine, which torchrun and DeepSpeed's launcher call differently."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))

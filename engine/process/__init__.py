@@ -1,1 +1,1 @@
-"""This process: who started it, how it is stopped, what it can print."""
+"""The process: who started it, how it is stopped, what it can print."""

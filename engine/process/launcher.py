@@ -1,18 +1,23 @@
-"""Which launcher has started this process, torchrun or DeepSpeed's, and whether it is still there.
+"""The launcher that has started this process, torchrun or DeepSpeed's, and whether it is still there.
 
-Imported before PyTorch, by the package itself: that import takes seconds, in which a launcher may die as at any time.
+The package itself imports this before PyTorch, whose import takes seconds in which a launcher may die.
 """
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
-# What starts ranks: a script of this name, or a module that Python runs.
+# Programs that start ranks: a script of this name, or a module that Python runs.
 LAUNCHERS = {"torchrun", "deepspeed", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"}
 
 
+def is_main_rank() -> bool:
+    """Whether this process speaks for all ranks; known before they meet."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def find_launchers() -> tuple[int, ...]:
-    """The process's parent, the parent's parent, and so on, up to the outermost launcher; empty where there is none.
+    """The parent of this process, its parent and so on, up to the outermost launcher; empty without a launcher.
 
     torchrun starts ranks itself. `deepspeed` starts a launcher for this machine, which starts them; either may be lost.
     """
@@ -28,13 +33,13 @@ def find_launchers() -> tuple[int, ...]:
 
 
 def is_lost(launchers: tuple[int, ...]) -> bool:
-    """Whether one of them has ended, of which the one before has another parent since."""
+    """Whether a launcher has ended: the process that it started has another parent since."""
     pids = (os.getpid(), *launchers)
     return any(_parent(pid) != parent for pid, parent in zip(pids, launchers, strict=False))
 
 
 def _parent(pid: int) -> int:
-    """The parent of a process; 0 where that is not known."""
+    """The parent of a process; 0 if unknown."""
     if pid == os.getpid():
         return os.getppid()
     with suppress(OSError, ValueError, IndexError):
@@ -44,14 +49,14 @@ def _parent(pid: int) -> int:
 
 
 def _words(pid: int) -> list[str]:
-    """The command line of a process; empty where that is not known."""
+    """The command line of a process; empty if unknown."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
     return []
 
 
 def _is_launcher(words: list[str]) -> bool:
-    """Whether a command line is a launcher's own, and not that of a shell or a tool that has started one."""
+    """Whether a command line is that of a launcher, and not of a shell or a tool that has started one."""
     if words and Path(words[0]).name.startswith("python"):
         words = words[1:]
         while words and words[0].startswith("-"):  # Python's own options
@@ -59,5 +64,5 @@ def _is_launcher(words: list[str]) -> bool:
     return bool(words) and Path(words[0]).name in LAUNCHERS
 
 
-# Of this process.
+# The launchers of this process.
 STARTED_BY = find_launchers()

@@ -1,4 +1,4 @@
-"""Output on a terminal, or into a file, whose encoding lacks some of the characters that are written."""
+"""Output to a terminal or file whose encoding lacks some characters."""
 
 import codecs
 import io
@@ -35,7 +35,7 @@ PLAIN |= dict.fromkeys((chr(code) for code in range(0x2500, 0x2580) if chr(code)
 
 
 def accept_any_encoding() -> None:
-    """Let stdout and stderr write what their encoding lacks in plain characters, and never fail."""
+    """Make stdout and stderr write plain characters for those that their encoding lacks, instead of failing."""
     codecs.register_error("plain", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -43,14 +43,14 @@ def accept_any_encoding() -> None:
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that cannot be encoded (an error handler, as `codecs.register_error` takes them)."""
+    """Replace characters that cannot be encoded; an error handler for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_plain, error.object[error.start : error.end])), error.end
 
 
 def _plain(character: str) -> str:
-    """A character in ASCII: what looks like it, the letter without its accent, or else a question mark."""
+    """A character in ASCII: one that looks like it, the letter without its accent, or a question mark."""
     if character in PLAIN:
         return PLAIN[character]
     letters = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()

@@ -1,8 +1,8 @@
-"""How a command ends before its time: by Ctrl-C, by a scheduler's signal, or because its launcher is gone.
+"""How a command ends early: by Ctrl-C, by a signal of the scheduler, or because its launcher is gone.
 
-It unwinds, says in one line where it stood and how to go on, and ends with 128 plus the signal's number, as shells
-expect. A rank that waits in a collective runs no Python code and would never act on a signal, so a thread sees it too,
-and ends the process when it has not unwound by itself.
+It unwinds, prints in one line where it stood and how to go on, and ends with 128 plus the number of the signal, as
+shells expect. A rank that waits in a collective runs no Python code and would never act on a signal. So a thread sees
+the signal, too, and ends the process if it does not unwind by itself.
 """
 
 import _thread
@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from slidescale.engine.parallel.mesh import is_main_rank
 from slidescale.engine.process import launcher
+from slidescale.engine.process.launcher import is_main_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Time to unwind in: to close files, and to let reads end that have begun. Launchers send SIGKILL after 30 s.
+# Time for unwinding: files are closed, and reads that have begun end. Launchers send SIGKILL after 30 s.
 GRACE_S = 5.0
-# How often a rank looks whether its launcher is still there.
+# How often a rank checks that its launcher is still there.
 LOOK_S = 1.0
-# A launcher ends all ranks within a second of the first one's end, DeepSpeed's and torchrun's alike; on a busy machine
-# it takes longer.
+# After the first rank ends, a launcher ends the rest within a second, DeepSpeed's and torchrun's alike; on a busy
+# machine it takes longer.
 LAUNCHER_S = 30.0
 
 AGAIN = "nothing is there to resume yet: give the same command again"
@@ -33,14 +33,14 @@ RESUME = "to go on, give the same command with --resume"
 
 
 class Stopped(KeyboardInterrupt):
-    """The process has been asked to end."""
+    """Raised when the process has been asked to end."""
 
 
 class _State:
-    """What the process has been asked, and what it is doing."""
+    """The signal that the process has got, if any, and what it is doing."""
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the signal
+        self.number: int | None = None  # the signal
         self.cause = ""
         self.where = ""
         self.advice = ""
@@ -52,13 +52,13 @@ _ending = threading.Lock()
 
 
 def note(where: str, advice: str) -> None:
-    """Say what is under way, for the line that is printed when the process is stopped.
+    """Record what is under way, for the line that is printed when the process is stopped.
 
     Args:
         where: follows "stopped", such as "in epoch 3".
         advice: how to go on.
     """
-    if _state.number is None:  # else this is what unwinds
+    if _state.number is None:  # otherwise the code that unwinds is calling
         _state.where = where
         if not _state.keeps_advice:
             _state.advice = advice
@@ -71,13 +71,14 @@ def keep_advice(advice: str) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """While the block runs, end the process in good order when it is asked to end.
+    """End the process in good order if it is asked to end while the block runs.
 
-    Signals that are ignored (as under nohup) stay ignored. A process that a launcher has started ends with it.
+    Signals that are ignored (as under nohup) stay ignored. A process that a launcher has started ends
+    with it.
     """
     global _state
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may have signals
+        yield  # only the main thread may handle signals
         return
     _state = _State()
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -93,7 +94,7 @@ def listening() -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) and launcher.STARTED_BY and not is_main_rank():
-            # It may be that another rank was stopped first, and closed its connections.
+            # Another rank may have been stopped first and have closed its connections.
             with suppress(Stopped):
                 time.sleep(LAUNCHER_S)
         if _state.number is not None:
@@ -110,14 +111,14 @@ def listening() -> Iterator[None]:
 
 
 def _ask(number: int, _: FrameType | None) -> None:
-    """Unwind; whatever is asked after that is no news."""
+    """Begin to unwind; later signals change nothing."""
     if _state.number is None:
         _state.number = number
         raise Stopped
 
 
 def _watch(inlet: int, launchers: tuple[int, ...]) -> None:
-    """End the process when it is asked to and has not unwound in time, or is asked by Ctrl-C a second time."""
+    """End the process if it has not unwound in time after a signal, or on a second Ctrl-C."""
     deadline: float | None = None
     by_hand = 0
     while True:
@@ -128,10 +129,10 @@ def _watch(inlet: int, launchers: tuple[int, ...]) -> None:
         noted = os.read(inlet, 64) if ready else b""
         if 0 in noted:
             return
-        numbers = bytes(number for number in noted if number in SIGNALS)  # a library may have handlers of others
+        numbers = bytes(number for number in noted if number in SIGNALS)  # a library may handle others
         if deadline is None and not numbers and launcher.is_lost(launchers):
             _state.cause = "the launcher has ended: "
-            _thread.interrupt_main(signal.SIGTERM)  # as if it had come; here it may be ignored
+            _thread.interrupt_main(signal.SIGTERM)  # as if the signal had come; it may be ignored here
             numbers = bytes([signal.SIGTERM])
         by_hand += numbers.count(signal.SIGINT)
         if numbers and deadline is None:
@@ -144,13 +145,13 @@ def _watch(inlet: int, launchers: tuple[int, ...]) -> None:
 
 
 def _end() -> None:
-    """Say where the command stood and end the process; of two threads that come here, the second waits for that.
+    """Print where the command stood and end the process; of two threads that come here, the second waits.
 
-    Not by an exception: what libraries and other threads do at the end of a process waits for ranks that are no longer
-    there, or complains of them.
+    It raises no exception: what libraries and other threads do at the end of a process would wait for ranks that are no
+    longer there, or complain about them.
     """
     _ending.acquire()
-    with suppress(OSError, ValueError):  # the terminal may be gone, or the launcher that read this
+    with suppress(OSError, ValueError):  # the terminal may be gone, or the launcher that reads this
         if is_main_rank():
             begin = "\n" if sys.stderr.isatty() else ""  # after the ^C that a terminal shows
             print(f"{begin}{_state.cause}{describe()}", file=sys.stderr)
@@ -160,6 +161,6 @@ def _end() -> None:
 
 
 def describe() -> str:
-    """Where the command stands and how to go on, in one line."""
+    """One line: where the command stands, and how to go on."""
     where = f"stopped {_state.where}".strip()
     return f"{where}; {_state.advice}" if _state.advice else where

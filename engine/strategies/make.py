@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from slidescale.engine.config import Config, OptimConfig, ParallelConfig
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.held import optimizer_of
@@ -42,7 +42,7 @@ def select_strategy(config: Config, *, ranks: int) -> StrategyName:
         raise ConfigError(f"--parallel.tile-ranks is {in_row}: it must divide the number of ranks, {ranks}")
     if wanted != "fsdp":
         set_for_fsdp = [
-            f"--parallel.{name.replace('_', '-')}"
+            flag(f"parallel.{name}")
             for name, value in vars(config.parallel).items()
             if name.startswith("fsdp_") and value != getattr(ParallelConfig(), name)
         ]

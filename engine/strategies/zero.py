@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import LIB_EXT, _get_build_directory
 
 from slidescale.engine.errors import ConfigError, UserError
 from slidescale.engine.models.slide_model import SlideModel
-from slidescale.engine.parallel.mesh import is_main_rank
+from slidescale.engine.process.launcher import is_main_rank
 from slidescale.engine.process.substitute import substitute
 from slidescale.engine.strategies.state_files import load_state
 from slidescale.engine.strategies.strategy import (

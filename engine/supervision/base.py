@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from slidescale.engine.config import Config, DataConfig, SupervisionName
+from slidescale.engine.errors import flag
 from slidescale.engine.supervision.cells import Problem, Record, is_missing
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.supervision.rates import Metric
@@ -72,7 +73,7 @@ class Supervision(ABC):
 
     def columns(self, data: DataConfig) -> list[tuple[str, str]]:
         """(setting, column) of each column of the target."""
-        named = [(f"--data.{name.replace('_', '-')}", getattr(data, name)) for name in self.column_settings]
+        named = [(flag(f"data.{name}"), getattr(data, name)) for name in self.column_settings]
         return [
             (setting, column)
             for setting, value in named
@@ -158,6 +159,14 @@ class Supervision(ABC):
     def positive_class(self, names: Sequence[str]) -> str | None:
         """The class that auroc and auprc are of, where there is one."""
         return None
+
+    def guess(self, outputs: np.ndarray) -> np.ndarray:
+        """Index of the class that probabilities `[n, O]` amount to `[n]`; of kinds with one class per slide.
+
+        Raises:
+            NotImplementedError: slides have no class.
+        """
+        raise NotImplementedError(f"slides of {self.name} have no class")
 
     def questions(self, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]) -> list[Question]:
         """The yes-or-no questions that ROC and precision-recall curves show; those with slides of both answers."""

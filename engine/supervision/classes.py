@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from slidescale.engine.config import Config, DataConfig
+from slidescale.engine.config import Config, DataConfig, SupervisionName
 from slidescale.engine.errors import ConfigError, near
 from slidescale.engine.supervision.base import Question, Supervision, Target, Targets, both_answers, everyone
 from slidescale.engine.supervision.cells import Problem, Record, is_missing
@@ -51,12 +51,12 @@ class CrossEntropy(Objective):
 class Classes(Supervision):
     """One of two or more classes. The target is the class's index `[1]`, the output probabilities `[classes]`."""
 
-    name = "classes"
+    name: ClassVar[SupervisionName] = "classes"
     objective: ClassVar[type[Objective]] = CrossEntropy
     settings = ("data.classes", "data.label_map", "optim.class_weights")
     headline = "auroc"
     headline_title = "AUROC"
-    figures = ("roc", "precision_recall", "reliability", "confusion")
+    figures: ClassVar[tuple[str, ...]] = ("roc", "precision_recall", "reliability", "confusion")
 
     def read(self, records: list[Record], data: DataConfig) -> Targets:
         """Index of the class."""
@@ -107,7 +107,7 @@ class Classes(Supervision):
         return f"classes: {', '.join(names)} (--data.classes gives another order); probabilities and AUROC are {of}"
 
     def fit(self, names: Sequence[str], targets: Sequence[Target], config: Config) -> Objective:
-        """Cross-entropy, with weights of classes whose mean over the train split's slides is 1.
+        """The kind's loss, with weights of classes whose mean over the train split's slides is 1.
 
         So weights say what counts more, and leave learning rate, clipping and the size of the loss as they are.
         """
@@ -115,7 +115,7 @@ class Classes(Supervision):
         if weights:
             mean = np.mean([weights[int(index)] for (index,) in targets])
             weights = [float(weight / mean) for weight in weights]
-        return CrossEntropy(weights, len(names))
+        return self.objective(weights, len(names))
 
     def target_columns(self, names: Sequence[str]) -> list[str]:
         """One column, label."""
@@ -164,7 +164,7 @@ class Classes(Supervision):
         """
         labels, total, all_slides = targets[:, 0].astype(int), weights.sum(1), (everyone(targets),)
         one_hot, two = np.eye(len(names)), len(names) == 2
-        truth, guess = one_hot[labels], one_hot[outputs.argmax(1)]  # [n, classes]
+        truth, guess = one_hot[labels], one_hot[self.guess(outputs)]  # [n, classes]
         own = [labels == c for c in range(len(names))]
         hits, support, guesses = weights @ (truth * guess), weights @ truth, weights @ guess  # [r, classes]
         recall, precision, f1 = ratio(hits, support), ratio(hits, guesses), ratio(2 * hits, support + guesses)
@@ -193,6 +193,10 @@ class Classes(Supervision):
             values[f"class/{name}/f1"] = Metric(f1[:, c], (own[c],), step="slide")
             values[f"class/{name}/support"] = Metric(support[:, c], (own[c],), step="whole")
         return values
+
+    def guess(self, outputs: np.ndarray) -> np.ndarray:
+        """Index of the likeliest class `[n]`."""
+        return outputs.argmax(1)
 
     def positive_class(self, names: Sequence[str]) -> str | None:
         """The second of two."""

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from slidescale.engine.config import Config, DataConfig, OptimConfig
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.supervision.base import Supervision, Target
 from slidescale.engine.supervision.classes import Classes
 from slidescale.engine.supervision.multi_label import MultiLabel
 from slidescale.engine.supervision.objective import Objective
+from slidescale.engine.supervision.ordinal import Ordinal
 from slidescale.engine.supervision.regression import Regression
 from slidescale.engine.supervision.survival import Survival
 
@@ -16,6 +17,7 @@ KINDS: dict[str, Supervision] = {
     kind.name: kind
     for kind in (
         Classes(),
+        Ordinal(),
         MultiLabel(),
         Regression(),
         Survival(),
@@ -69,10 +71,11 @@ def check_settings(data: DataConfig, optim: OptimConfig | None = None) -> None:
         group, _, name = setting.partition(".")
         value = getattr(groups[group], name)
         if own.name not in kinds and value != getattr(type(groups[group])(), name):
+            *others, last = kinds
+            readable = f"{', '.join(others)} and {last}" if others else last
             raise ConfigError(
-                f"--{setting.replace('_', '-')} is {value!r}: is for --data.supervision {' and '.join(kinds)}, and "
-                f"that is {own.name}"
+                f"{flag(setting)} is {value!r}: is for --data.supervision {readable}, and that is {own.name}"
             )
     for name in own.column_settings:
         if not getattr(data, name):
-            raise ConfigError(f"--data.{name.replace('_', '-')} is {getattr(data, name)!r}: must name a column")
+            raise ConfigError(f"{flag(f'data.{name}')} is {getattr(data, name)!r}: must name a column")

@@ -24,7 +24,7 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come, beside the state of model and optimizer.
+    """Progress of a run, kept beside the state of model and optimizer.
 
     Random numbers need no state: each is a function of the seed and of the purpose it is drawn for.
 

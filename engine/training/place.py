@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from slidescale.engine.config import Config
-from slidescale.engine.errors import ConfigError
+from slidescale.engine.errors import ConfigError, flag
 from slidescale.engine.memory.policies import POLICIES
 from slidescale.engine.memory.usage import keep_freed_memory, return_freed_memory
 from slidescale.engine.parallel.mesh import Mesh, join, pick_device
@@ -61,9 +61,7 @@ def _check_alike(config: Config, mesh: Mesh) -> None:
     first, *others = mesh.world.gather_objects(config.flat() | {"local_rank": None})
     for rank, other in enumerate(others, start=1):
         different = [
-            f"--{name.replace('_', '-')}: {first[name]!r} and {other[name]!r}"
-            for name in first
-            if first[name] != other[name]
+            f"{flag(name)}: {first[name]!r} and {other[name]!r}" for name in first if first[name] != other[name]
         ]
         if different:
             raise ConfigError(f"ranks 0 and {rank} were started with different settings:\n  " + "\n  ".join(different))

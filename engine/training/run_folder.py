@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidescale.engine.config import Config, MemoryConfig, ParallelConfig, RunConfig, flatten
-from slidescale.engine.errors import UserError, near
+from slidescale.engine.errors import UserError, flag, near
 from slidescale.engine.files import write_json
 from slidescale.engine.supervision.objective import Objective
 from slidescale.engine.training.checkpoint import has_checkpoint
@@ -58,7 +58,7 @@ def check_same_settings(folder: Path, config: Config) -> None:
     recorded = Config(run=RunConfig(name="any")).flat()
     recorded |= flatten(read_record(folder)["config"])
     different = [
-        f"--{name.replace('_', '-')} was {recorded[name]!r} and is {value!r}"
+        f"{flag(name)} was {recorded[name]!r} and is {value!r}"
         for name, value in config.flat().items()
         if name not in MAY_CHANGE and recorded[name] != value
     ]

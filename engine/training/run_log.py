@@ -1,4 +1,4 @@
-"""TensorBoard's side of a run: curves, pictures, settings; and the run's progress bar."""
+"""What a run logs to TensorBoard (curves, pictures, settings), and its progress bar."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from slidescale.engine.supervision.make import headline_title
 from slidescale.engine.training.stopwatch import PHASES
 
-# Of the HPARAMS tab, whose table is for comparing runs: what every run has there, and how many more it may have.
+# Columns of the HPARAMS tab, whose table compares runs: those that every run has, and the largest number.
 CORE_SETTINGS = (
     "model.encoder",
     "model.pretrained",
@@ -26,12 +26,8 @@ CORE_SETTINGS = (
     "run.epochs",
     "run.seed",
 )
-
-
 MOST_SETTINGS = 15
-
-
-# Names and places, which TensorBoard shows anyhow, and what changes a run's speed alone.
+# Left out of that table: names and places, which TensorBoard shows anyhow, and what only changes the speed.
 NOT_COMPARED: tuple[str, ...] = (
     "run.name",
     "run.out",
@@ -40,19 +36,21 @@ NOT_COMPARED: tuple[str, ...] = (
     "data.manifest",
     "data.readers",
     "data.prefetch",
+    "data.classes",
+    *(f"data.{name}_column" for name in ("slide", "case", "path", "label", "event", "split")),
+    "model.weights",
+    "memory.",
+    "parallel.",
+    "deepspeed_config",
+    "local_rank",
+    "resume",
 )
 
 
-NOT_COMPARED += ("deepspeed_config", "local_rank", "resume", "memory.", "parallel.", "data.classes", "model.weights")
-
-
-NOT_COMPARED += tuple(f"data.{name}_column" for name in ("slide", "case", "path", "label", "event", "split"))
-
-
 def layout(headline: str) -> dict[str, dict[str, list[object]]]:
-    """What TensorBoard's CUSTOM SCALARS tab shows, in its order: charts by category and title.
+    """Charts of TensorBoard's CUSTOM SCALARS tab by category and title, in their order.
 
-    Each chart has one curve a run. TensorBoard colours curves by their run, so that two of one run look alike.
+    Each chart has one curve per run: TensorBoard colours curves by run, so that two curves of a run would look alike.
 
     Args:
         headline: the metric that the best epoch is chosen by.
@@ -86,14 +84,14 @@ def layout(headline: str) -> dict[str, dict[str, list[object]]]:
 
 
 def compared_settings(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings in the HPARAMS tab: a handful that every run has, then what differs from its default.
+    """Select the settings for the HPARAMS tab: a handful that every run has, then what differs from its default.
 
     Args:
         settings: by dotted name.
-        defaults: of the same.
+        defaults: of the same settings.
 
     Returns:
-        At most `MOST_SETTINGS` of them.
+        At most `MOST_SETTINGS` settings.
     """
     changed = [name for name, value in settings.items() if value != defaults[name]]
     names = [name for name in CORE_SETTINGS if name in settings]
@@ -102,21 +100,21 @@ def compared_settings(settings: dict[str, Any], defaults: dict[str, Any]) -> dic
 
 
 class RunLog:
-    """The writers of a run; silent on all ranks but the main one.
+    """TensorBoard's writer and the progress bar of a run; silent on all ranks except the main one.
 
     Args:
-        folder: where TensorBoard's event files go.
-        slides: that the whole run trains on, for the progress bar.
-        done: of these, trained on before a resume.
+        folder: folder for TensorBoard's event files.
+        slides: number of slides that the whole run trains on, for the progress bar.
+        done: how many of them were trained on before a resume.
         step: optimizer steps taken before a resume.
-        again: of these, the last one's scalars, and those of the epoch that ended with it, will be logged again.
-            What the run that was cut off has logged of them is dropped, and so are all later steps.
+        again: whether the scalars of that last step, and of the epoch that ended with it, will be logged again. What
+            the interrupted run logged for it is dropped, and so are all later steps.
     """
 
     def __init__(self, folder: Path, *, main: bool, slides: int, done: int, step: int, again: bool = False) -> None:
         self._board = SummaryWriter(folder, purge_step=step + (not again)) if main else None
         self._begins = step == 0
-        # A bar that is not on a terminal would fill a log file with its redrawings; epochs' lines tell enough there.
+        # A bar that is not on a terminal would fill a log file with its redrawings; one line per epoch is enough there.
         self.bar = tqdm(
             total=slides,
             initial=done,
@@ -141,15 +139,15 @@ class RunLog:
     def hyperparameters(
         self, settings: dict[str, Any], defaults: dict[str, Any], metrics: Sequence[str], headline: str
     ) -> None:
-        """Tell a run's settings: a page in the TEXT tab, and a row in the HPARAMS tab, which compares runs.
+        """Log the settings of a run: a page in the TEXT tab, and a row in the HPARAMS tab, which compares runs.
 
-        Only where the run begins: what resumes it has the same settings, and they have been told.
+        Only where the run begins: a run that is resumed has the same settings, and they are in its log already.
 
         Args:
             settings: by dotted name.
-            defaults: of the same.
-            metrics: names of scalars, whose latest values are that row's results; they may still be to come.
-            headline: the metric that tells the best epoch.
+            defaults: of the same settings.
+            metrics: names of scalars whose latest values are the results in that row; they may still be to come.
+            headline: the metric that chooses the best epoch.
         """
         if self._board is None or not self._begins:
             return
@@ -165,29 +163,29 @@ class RunLog:
             self._board._get_file_writer().add_summary(summary)
 
     def finished(self) -> None:
-        """Tell the HPARAMS tab that the run has come to its end."""
+        """Mark the run as finished in the HPARAMS tab."""
         if self._board:
             _, _, end = hparams({}, {})
             self._board._get_file_writer().add_summary(end)
 
     def flush(self) -> None:
-        """Let a viewer see all that was written."""
+        """Write everything out, for a viewer to see."""
         if self._board:
             self._board.flush()
 
     def close(self) -> None:
-        """End the bar and the event files."""
+        """Close the bar and the event files."""
         self.bar.close()
         if self._board:
             self._board.close()
 
 
 def _table(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """Markdown, a row a setting."""
+    """A Markdown table with one row per setting."""
     rows = [f"| {name} | {_cell(value)} | {_cell(defaults[name])} |" for name, value in settings.items()]
     return "\n".join(["| setting | value | default |", "| --- | --- | --- |", *rows])
 
 
 def _cell(value: Any) -> str:
-    """A value in a cell, whose borders would end it."""
+    """A value as the text of a cell, without the characters that would end the cell."""
     return str(value).replace("|", "\\|").replace("\n", " ")

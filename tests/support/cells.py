@@ -57,7 +57,6 @@ def serve(group: TileGroup, words: list[str], planted: bool) -> None:
     with (
         mock.patch.dict(os.environ, place),
         mock.patch.object(sys, "argv", [name, *rest]),
-        mock.patch.object(module, "start_world"),
         mock.patch.object(module, "stop_world"),
         mock.patch.object(module, "configure_logging"),
         mock.patch.object(step, "backpropagate", step.backpropagate),  # put back what is planted

@@ -1,12 +1,15 @@
 """Worlds of ranks for tests: processes that meet once, over gloo, and then run many cases."""
 
+import fcntl
 import os
 import random
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -15,16 +18,25 @@ import torch.multiprocessing as mp
 PATIENCE_S = 1500
 
 
+_taken: list[Any] = []
+
+
 def free_port() -> int:
-    """A port where ranks can meet.
+    """A port where ranks can meet, of which no other call on this machine knows until this process has ended.
 
     Below those that Linux hands out (from 32768), so that nobody gets it until the ranks have started, however late.
     """
+    folder = Path(tempfile.gettempdir()) / f"slidescale-test-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
     while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        claim = (folder / str(port)).open("w")
         with socket.socket() as probe, suppress(OSError):
-            port = random.SystemRandom().randrange(20_000, 30_000)
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             probe.bind(("127.0.0.1", port))
+            _taken.append(claim)
             return port
+        claim.close()
 
 
 class World:
@@ -59,6 +71,10 @@ class World:
         failures = [f"rank {rank}:\n{answer.error}" for rank, answer in enumerate(answers) if answer.error]
         assert not failures, "\n".join(failures)
         return [answer.result for answer in answers]
+
+    def is_alive(self) -> bool:
+        """Whether all ranks can answer."""
+        return all(process.is_alive() for process in self._processes)
 
     def stop(self) -> None:
         """End the processes."""
