@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from slidescale.engine.config import Config, MemoryConfig, OptimConfig, Parallel
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.memory.fake_model import meta_copy
 from slidescale.engine.memory.planner import Plan
+from slidescale.engine.memory.policies import POLICIES, Policy
 from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, join
+from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.ds_config import complete_ds_config
 from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
@@ -82,13 +85,29 @@ def make_step(
     )
     parallel = parallel or ParallelConfig()
     model.to(mesh.device)
-    before = meta_copy(model)
+    try:
+        before: SlideModel | ConfigError = meta_copy(model)
+    except ConfigError as error:  # where nothing is left to plan, nothing need be measured
+        before = error
     optimizing = optimizer if isinstance(optimizer, Optimizing) else Optimizing.of(optimizer, scheduler, model)
     made = make_strategy(
         name, model, optimizing, mesh, clip=clip, ds_config=ds_config, parallel=parallel, unit_numel=unit_numel
     )
     holding = Holding.of(parallel, made.name, ds_config, mesh, optimizing.kind)
     return SlideStep(made, loss, mesh, memory, holding, before)
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """A plan without a choice: a chunk size, and a policy that does not ask for room."""
+
+    chunk: int
+    policy: Policy
+    tiles: TileGroup
+
+    def stored_chunks(self, k: int) -> int:
+        """As the policy says for the fullest rank, whether it fits or not."""
+        return self.policy.stored(self.tiles.chunk_count(k, self.chunk), lambda number: True)
 
 
 class SlideStep:
@@ -108,7 +127,7 @@ class SlideStep:
         mesh: Mesh,
         memory: MemoryConfig,
         holding: Holding,
-        measured: SlideModel,
+        measured: SlideModel | ConfigError,
     ) -> None:
         self.strategy = strategy
         self.mesh = mesh
@@ -116,7 +135,8 @@ class SlideStep:
         self._loss = loss
         self._memory = memory
         self._holding = holding
-        self._measured = measured  # the model as it was before the strategy had it, without content
+        # The model as it was before the strategy had it, without content; or why there is no such copy.
+        self._measured = measured
         self.offload = make_offload(memory, mesh)
         self._count = 0
         self._step: TrainStep | None = None
@@ -137,8 +157,7 @@ class SlideStep:
             TrainingError: loss or gradient is not finite; no optimizer step was taken.
         """
         step = to_step(bags, self.mesh, self._count)
-        if self.plan is None:
-            self.prepare(bags[0].tiles, max(step.slots))
+        self._plan_first(bags[0].tiles, step)
         self._count += 1
         return self.take(step)
 
@@ -163,10 +182,21 @@ class SlideStep:
         Raises:
             ConfigError: not even one tile fits.
         """
+        if isinstance(self._measured, ConfigError):
+            raise self._measured
         footprint = measure_model(self._measured, tiles[:1], self._memory, k=k, mesh=self.mesh)
         plan = plan_step(footprint, self._memory, self._holding, k=k, prefetch=prefetch, mesh=self.mesh)
         self.follow(plan)
         return plan
+
+    def _plan_first(self, tiles: Tensor, step: Step) -> None:
+        """See that there is a plan; where chunk and policy are given, nothing is measured for it."""
+        if self.plan is not None:
+            return
+        if self._memory.chunk == "auto" or self._memory.policy == "auto":
+            self.prepare(tiles, max(step.slots))
+        else:
+            self.follow(FixedPlan(self._memory.chunk, POLICIES[self._memory.policy], self.mesh.tiles))
 
     def follow(self, plan: Planned) -> None:
         """Take steps as a plan says."""
@@ -180,8 +210,7 @@ class SlideStep:
             UserError: see `to_step`.
         """
         step = to_step([bag], self.mesh, 0)
-        if self.plan is None:
-            self.prepare(bag.tiles, max(step.slots))
+        self._plan_first(bag.tiles, step)
         assert self.plan is not None
         (share,) = step.shares
         group, device, chunk = self.mesh.tiles, self.mesh.device, self.plan.chunk

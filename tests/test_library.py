@@ -261,3 +261,30 @@ def test_modules_that_do_not_fit_are_explained() -> None:
         broken = engine.SlideModel(encoder, aggregator)
         with pytest.raises(ConfigError, match=message):
             broken.aggregate(broken.encode(torch.zeros(2, 3, 4)), torch.zeros(2, 2), TileGroup())
+
+
+class LooksAtValues(nn.Module):
+    """Of the features only those above 0 count, and so many: what has no shape without content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+        self.never_copied = (each for each in ())  # nor can it be copied
+
+    def forward(self, features: Tensor) -> Tensor:
+        kept = features[features[:, 0] > features[:, 0].median().item()]
+        return self.layer(kept.mean(dim=0) if len(kept) else features.mean(dim=0))
+
+
+def test_what_cannot_be_measured_trains_with_chunk_and_policy() -> None:
+    tiles, _, _ = next(slides())
+    for policy, stored in (("recompute", 0), ("keep", 3)):
+        model = engine.SlideModel(Encoder(), engine.Gathered(LooksAtValues()))
+        settings: Any = {"mesh": engine.Mesh(), "chunk": 3, "policy": policy}
+        step = engine.make_step(model, torch.optim.SGD(model.parameters()), cross_entropy, **settings)
+        assert step(engine.Bag(tiles, 1)).gradient_norms["encoder"] > 0
+        assert step.plan is not None and step.plan.stored_chunks(7) == stored
+    model = engine.SlideModel(Encoder(), engine.Gathered(LooksAtValues()))
+    step = engine.make_step(model, torch.optim.SGD(model.parameters()), cross_entropy, mesh=engine.Mesh(), chunk=3)
+    with pytest.raises(ConfigError, match="cannot be copied"):
+        step(engine.Bag(tiles, 1))

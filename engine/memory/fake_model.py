@@ -78,7 +78,8 @@ def fake_copy(model: SlideModel, device: str) -> Iterator[SlideModel]:
         except CONTENT_NEEDED as error:
             raise ConfigError(
                 "the model's memory cannot be measured without content: what an operator returns depends on the values "
-                f"of a tensor ({error}); compute it without looking at values, as masks and torch.where do"
+                f"of a tensor ({error}); compute it without looking at values, as masks and torch.where do; "
+                "or, in a loop of your own, give make_step a chunk and a policy other than auto"
             ) from error
 
 
