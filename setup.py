@@ -43,6 +43,8 @@ setup(
         "imagecodecs>=2026.1",
         "scipy>=1.15",
         "tyro>=1.0,<2",
+        # Which tyro needs as well, for the help of settings.
+        "docstring-parser>=0.16",
         "tabulate>=0.9",
         "dacite>=1.9,<2",
         "tqdm>=4.66",

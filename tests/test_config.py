@@ -132,6 +132,7 @@ def test_ds_json_that_is_no_json(tmp_path: Path) -> None:
         (ModelConfig, {"dropout": 1.0}),
         (MemoryConfig, {"chunk": 0}),
         (OptimConfig, {"lr": -1}),
+        (OptimConfig, {"lr": float("inf")}),
         (RunConfig, {"name": "a/b"}),
         (RunConfig, {"name": "a", "epochs": 0}),
     ],

@@ -97,7 +97,7 @@ def test_curves_have_the_areas_of_the_metrics(classes: int) -> None:
     values = measure("classes", labels, outputs, names)
     questions = supervision_of("classes").questions(labels, outputs, names)
     rocs, precisions = roc_curves(questions, axes()), precision_recall_curves(questions, axes())
-    assert [curve.name for curve in rocs] == (names[1:] if classes == 2 else names)
+    assert [question.name for question in questions] == (names[1:] if classes == 2 else names)
     # Trapezoids under the points that are drawn; sums of some dozen doubles.
     drawn = [curve.line_.get_xydata().T for curve in rocs]
     assert np.mean([np.trapezoid(y, x) for x, y in drawn]) == pytest.approx(values["auroc"])

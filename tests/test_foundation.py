@@ -262,7 +262,7 @@ def test_adapters_and_stochastic_depth_go_with_them(small_foundation_models: Non
 
 def test_they_can_be_planned_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("slidescale"), "setLevel", lambda level: None)  # other tests read the log
-    monkeypatch.setattr("sys.argv", ["slidescale", "plan", "--encoder", "uni", "--k", "2000", "--device", "H100"])
+    monkeypatch.setattr("sys.argv", ["slidescale", "plan", "--model.encoder", "uni", "--k", "2000", "--device", "H100"])
     cli.main()
     output = capsys.readouterr().out
     assert "uni, tiles of 224 px" in output

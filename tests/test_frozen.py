@@ -315,16 +315,12 @@ def test_a_recipe_with_a_frozen_encoder_says_all_that_is_to_be_typed(
 
 def test_the_plan_counts_features_and_no_encoder() -> None:
     config = Config(run=RunConfig(name="t"), model=ModelConfig(encoder="test_vit", frozen=True))
-    footprint = measure(
-        make_model(config, classes=2, bf16=False, kernels="torch").without_encoder(),
-        torch.empty(192),
-        chunks=[1, 1024],
-        bags=[1, 1000],
-    )
+    model = make_model(config, classes=2, bf16=False, kernels="torch")
+    tile = torch.empty(model.encoder.dim)
+    footprint = measure(model.without_encoder(), tile, chunks=[1, 1024], bags=[1, 1000])
     assert footprint.tile_bytes == 4 * footprint.dim
     curves = (footprint.forward, footprint.graph, footprint.backward, footprint.building, footprint.storage)
     assert not any(curve(1000) for curve in curves)
-    model = make_model(config, classes=2, bf16=False, kernels="torch")
     assert footprint.parameters == sum(parameter.numel() for parameter in model.aggregator.parameters())
     plan = choose(Job(footprint=footprint), k=1000, budget=2**31, base=0, policy="recompute", chunk=1024)
     assert plan.need.pixels == 2 * 1000 * 4 * footprint.dim

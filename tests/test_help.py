@@ -1,6 +1,7 @@
 """The help of every command: at once, and in lines that end where the terminal does."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,16 @@ def test_settings_are_grouped_by_subject_and_lines_end_at_the_terminals_edge(
     room = width - len("│       ") - len(" │")
     for line, following in pairwise(help_lines):
         assert len(line) + 1 + len(following.split()[0]) > room, f"broken too early: {line}"
+
+
+def test_make_lists_its_commands() -> None:
+    """Also where no command is given: a newcomer's first."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    words = ["make", "--no-print-directory"]
+    shown = subprocess.run(words, cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert set(re.findall(r"^  make (\S+)", shown, re.MULTILINE)) | {"help"} == set(phony[1].split())
 
 
 def test_paragraphs_are_filled_and_code_is_left_alone() -> None:

@@ -17,7 +17,7 @@ from slidescale.engine.commands.predict import PredictRequest, predict_slides
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from slidescale.engine.logger import Meter
 from slidescale.engine.supervision.make import KINDS
-from slidescale.engine.training.run_log import CORE_SETTINGS, MOST_SETTINGS, RunLog
+from slidescale.engine.training.run_log import CORE_SETTINGS, MOST_SETTINGS, RunLog, compared_settings
 from slidescale.engine.training.stopwatch import PHASES
 
 from support.runs import make_config
@@ -39,7 +39,7 @@ def tags(folder: Path) -> list[str]:
     return [value.tag for event in events for value in event.summary.value]
 
 
-def test_settings_are_told_once(tmp_path: Path) -> None:
+def test_settings_are_logged_once(tmp_path: Path) -> None:
     write(tmp_path, step=0, value=0.6)
     # TensorBoard reads event files in the order of their names, which have the second.
     (first,) = tmp_path.glob("events*")
@@ -101,7 +101,7 @@ def test_hparams_of_a_run_with_all_settings(tmp_path: Path) -> None:
     assert settings == [*CORE_SETTINGS, "data.min_tissue", "optim.layer_decay"]
     assert metrics == names
     changed = {name: f"other {value}" for name, value in config.flat().items()}
-    assert len(logger.compared_settings(changed, config.flat())) == MOST_SETTINGS
+    assert len(compared_settings(changed, config.flat())) == MOST_SETTINGS
 
 
 # The scalars of a run's last epochs, as the trainer writes them.

@@ -8,7 +8,8 @@ import pytest
 from slidescale.engine.commands import cli
 from slidescale.engine.process.plain_text import accept_any_encoding
 
-PLAN = ["plan", "--encoder", "test_vit", "--tile-px", "160", "--k", "64", "--device", "cpu", "--memory", "8GiB"]
+PLAN = ["plan", "--model.encoder", "test_vit", "--data.tile-px", "160", "--k", "64", "--device", "cpu"]
+PLAN += ["--memory", "8GiB"]
 
 
 def stream(encoding: str) -> io.TextIOWrapper:
@@ -44,7 +45,7 @@ def test_plan_on_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out = stream("ascii")
     monkeypatch.setattr(sys, "stdout", out)
     cli.main(PLAN)
-    assert "2 x fp32 a trained parameter" in written(out)
+    assert "2 x fp32 per trained parameter" in written(out)
 
 
 def test_errors_on_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

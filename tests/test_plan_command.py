@@ -3,15 +3,16 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import tyro
 
 from slidescale.engine.commands import cli
 from slidescale.engine.commands.plan import PlanRequest
-from slidescale.engine.commands.plan_answer import make_plan
+from slidescale.engine.commands.plan_answer import Answer, format_answer, make_plan
 from slidescale.engine.config import Config, DataConfig, MemoryConfig, ModelConfig, RunConfig
+from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.mesh import Mesh
 from slidescale.engine.strategies.held import Holding, optimizer_of
@@ -21,14 +22,14 @@ from slidescale.engine.units import GIB
 SMALL = ["--model.encoder", "test_vit", "--data.tile-px", "160"]
 
 
-def plan(*words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    cli.main(["plan", *words, "--json"])
-    return json.loads(capsys.readouterr().out)
+def ask(*words: str) -> Answer:
+    return make_plan(tyro.cli(PlanRequest, args=words))
 
 
 def test_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--k", "5000", "--ranks", "4", "--device", "A100-40GB"]
-    answer = plan(*words, capsys=capsys)
+    cli.main(["plan", *words, "--json"])
+    answer = json.loads(capsys.readouterr().out)
     base = answer["base_bytes"]
     assert base["total"] == base["parameters"] + base["gradients"] + base["optimizer"] + base["buffers"]
     assert answer["peak_bytes"] == base["total"] + answer["step_bytes"]["total"] <= answer["budget_bytes"]
@@ -36,9 +37,6 @@ def test_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer["stored_chunks"] <= answer["chunks"] == -(-1250 // answer["chunk"])
     assert answer["largest_k"]["recompute"] > 5000 and answer["seconds"] > 0
     assert answer["settings"]["model"]["encoder"] == "test_vit" and answer["strategy"] == "ddp"
-    cli.main(["plan", *words])
-    table = capsys.readouterr().out
-    assert "K = 5,000 tiles, 4 ranks, ddp: 1,250 tiles per rank" in table and "peak" in table and "A100-40GB" in table
 
 
 @pytest.mark.parametrize(
@@ -77,44 +75,45 @@ def test_flags_without_their_section_name_the_whole_ones(word: str, capsys: pyte
     assert f".{word}" in capsys.readouterr().err
 
 
-def test_command_on_a_cpu_offloads_to_files(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*SMALL, "--k", "1", "--memory", "4GiB", "--memory.policy", "offload", "--device", "cpu"]
-    answer = plan(*words, capsys=capsys)
-    assert answer["file_bytes"] == answer["step_bytes"]["away"] > 0 and answer["host_bytes"] == 0
-    cli.main(["plan", *words])
-    table = capsys.readouterr().out
+def test_command_on_a_cpu_offloads_to_files() -> None:
+    answer = ask(*SMALL, "--k", "1", "--memory", "4GiB", "--memory.policy", "offload", "--device", "cpu")
+    assert answer.in_files == answer.plan.need.away > 0 and answer.on_host == 0
+    table = format_answer(answer)
     assert "beside it, in files" in table and "on the host" not in table
-    assert 1000 < answer["largest_k"]["recompute"] < 4 * GIB / (160 * 160 * 3), "pixels alone would fill it"
+    assert 1000 < answer.largest_k["recompute"] < 4 * GIB / (160 * 160 * 3), "pixels alone would fill it"
 
 
 def test_settings_of_a_run_count(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--k", "5000", "--ranks", "4", "--device", "H100", "--parallel.tile-ranks", "2"]
-    answer = plan(*words, "--data.k", "1000", "--optim.optimizer", "sgd", capsys=capsys)
-    assert answer["k"] == 1000 and answer["chunks"] == -(-500 // answer["chunk"])
-    assert answer["base_bytes"]["optimizer"] == answer["base_bytes"]["gradients"] == 4 * answer["model_parameters"]
+    answer = ask(*words, "--data.k", "1000", "--optim.optimizer", "sgd", "--memory.policy", "keep")
+    plan, parameters = answer.plan, answer.plan.job.footprint.parameters
+    assert plan.k == 1000 and plan.stored == plan.chunks == -(-500 // plan.chunk)
+    assert answer.state.optimizer == answer.state.gradients == 4 * parameters
     cli.main(["plan", *words])
-    assert "2,500 tiles per rank, 2 slides side by side" in capsys.readouterr().out
-    frozen = plan("--k", "5000", "--memory.budget", "8GiB", *SMALL, "--model.frozen", capsys=capsys)
-    assert frozen["budget_bytes"] == 8 * GIB and frozen["step_bytes"]["pixels"] == 4 * 64 * 5000
-    assert frozen["model_parameters"] < answer["model_parameters"]
+    table = capsys.readouterr().out
+    assert "K = 5,000 tiles, 4 ranks, ddp: 2,500 tiles per rank, 2 slides side by side" in table
+    assert "peak" in table and "H100" in table
+    frozen = ask("--k", "5000", "--memory.budget", "8GiB", *SMALL, "--model.frozen").plan
+    assert frozen.budget == 8 * GIB and frozen.need.pixels == 4 * frozen.job.footprint.dim * 5000
+    assert frozen.job.footprint.given and frozen.job.footprint.parameters < parameters
 
 
-def test_a_ds_json_is_completed_as_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ds_json_is_completed_as_for_a_run(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     words = [*SMALL, "--k", "100", "--ranks", "4", "--device", "H100"]
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
-    by_file = plan(*words, "--deepspeed_config", str(path), capsys=capsys)
-    by_flag = plan(*words, "--strategy", "zero3", "--optimizer-offload", capsys=capsys)
-    differing = {key for key in by_file if by_file[key] != by_flag[key]}
-    assert differing == {"settings"} and by_file["strategy"] == "zero3" and by_file["host_bytes"] > 0
+    by_file = ask(*words, "--deepspeed_config", str(path))
+    by_flag = ask(*words, "--strategy", "zero3", "--optimizer-offload")
+    assert (by_file.holding, by_file.state, by_file.plan.job) == (by_flag.holding, by_flag.state, by_flag.plan.job)
+    assert by_file.holding.strategy == "zero3" and by_file.on_host > 0
     ds = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "torch_autocast": {"enabled": False}}
     path.write_text(json.dumps(ds | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}))
-    answer = plan(*words, "--optim.lr", "0.1", "--deepspeed_config", str(path), capsys=capsys)
-    trained = 4 * answer["model_parameters"]
-    assert not answer["bf16"] and answer["base_bytes"]["optimizer"] == 2 * -(-trained // 4), "a copy and one moment"
+    answer = ask(*words, "--optim.lr", "0.1", "--deepspeed_config", str(path))
+    trained = 4 * answer.plan.job.footprint.trained
+    assert not answer.bf16 and answer.state.optimizer == 2 * -(-trained // 4), "a copy and one moment"
     path.write_text(json.dumps({"gradient_clipping": 7.0}))
-    with pytest.raises(SystemExit, match="gradient_clipping is 7.0 and --optim.clip is 1.0"):
-        cli.main(["plan", *words, "--deepspeed_config", str(path)])
+    with pytest.raises(ConfigError, match=r"gradient_clipping is 7.0 and --optim.clip is 1.0"):
+        ask(*words, "--deepspeed_config", str(path))
 
 
 def test_a_run_plans_as_the_command_does() -> None:

@@ -144,7 +144,7 @@ def test_a_cell_that_is_no_resolution(tmp_path: Path, cell: str) -> None:
     write_tiff(tmp_path / "a.tif", stained(64, 64), 0.5)
     row = {"slide_id": "a", "case_id": "a", "path": "a.tif", "label": "x", "split": "train", "um": cell}
     path = write_manifest(tmp_path, [row])
-    with pytest.raises(ManifestError, match=rf"row 2: um '{cell}' must be the slide's µm a pixel"):
+    with pytest.raises(ManifestError, match=rf"row 2: um '{cell}' must be the slide's µm per pixel"):
         read_manifest(path, DataConfig(mpp_column="um"))
     with pytest.raises(ManifestError, match="row 2: um"):
         read_files(path, DataConfig(mpp_column="um"))

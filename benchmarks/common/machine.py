@@ -5,10 +5,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from slidescale.engine.training.provenance import provenance
+from slidescale.engine.units import GIB
 
 
 def describe_processor(device: str, count: int | None = None) -> str:
@@ -27,7 +27,7 @@ def describe_processor(device: str, count: int | None = None) -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Describe the machine and the software; results of two commands are comparable where this is equal."""
-    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1)
     return {"machine": describe_processor(device), "memory_gib": memory, **provenance()}
 
 

@@ -113,11 +113,11 @@ def read_manifest(path: Path, data: DataConfig) -> Manifest:
 
 
 def read_files(path: Path, data: DataConfig) -> list[NamedFile]:
-    """The slides of a manifest, of which only names, paths and resolutions are looked at.
+    """The slides of a manifest; only their names, paths and resolutions are read.
 
     Raises:
-        ManifestError: it cannot be read, or lists every row that has a problem (the header is row 1). That a slide's
-            file is missing is not among these: it is that slide's failure alone.
+        ManifestError: it cannot be read, or rows have problems, which are all listed (the header is row 1). A missing
+            slide file is none of them: it is the failure of that slide alone.
     """
     columns = {data.slide_column: "as in the run's manifest", data.path_column: "as in the run's manifest"}
     records = read_records(path, columns)

@@ -82,7 +82,7 @@ def mixed_cases(records: list[Record], data: DataConfig) -> list[Problem]:
 
 
 def _same_case(case: str) -> str:
-    """Alike for names that differ in case, spaces and forms of letters, and numbers that differ in ".0" and zeros."""
+    """A case's name without what spellings differ in: case, spaces and forms of letters; a number's ".0" and zeros."""
     name = " ".join(unicodedata.normalize("NFKC", case).casefold().split())
     return number[1] if (number := re.fullmatch(r"0*(\d+?)(?:\.0*)?", name)) else name
 

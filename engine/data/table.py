@@ -28,8 +28,8 @@ class Table(NamedTuple):
 def read_table(path: Path) -> Table:
     """Read a table.
 
-    UTF-8, and UTF-16 with a byte order mark (Excel's "Unicode Text"). Any other encoding is refused, and not guessed:
-    letters of names would be exchanged without a word.
+    UTF-8, and UTF-16 with a byte order mark (Excel's "Unicode Text"). Any other encoding is refused: a guess would
+    exchange letters of names without a warning.
 
     Raises:
         ManifestError: it cannot be read, is no such table, has no rows, has a column twice, or rows with more cells

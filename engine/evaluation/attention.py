@@ -1,7 +1,7 @@
 """Pictures of a slide's attention in three forms: PNG to look at, TIFF and GeoJSON for slide viewers such as QuPath.
 
-A tile's attention is told in three ways: its share of the slide (its weight; all add up to 1), its fold (the share
-times the number of tiles, so that the mean tile has 1), and its percentile among the slide's tiles.
+A tile's attention has three measures: its share of the slide (its weight; all add up to 1), its fold (the share times
+the number of tiles, so that the mean tile has 1), and its percentile among the slide's tiles.
 """
 
 import json
@@ -26,9 +26,9 @@ from slidescale.engine.files import check_output, file_name, replacing, save_png
 # Pixels of the TIFF along a tile's side: a whole slide of 20,000 tiles is some 2,000 to 4,000 pixels wide.
 PX_A_TILE = 16
 TIFF_TILE_PX = 256
-# Bounds of the classes of fold that the GeoJSON sorts tiles into, beyond which there are two more.
+# Bounds between the classes of fold that the GeoJSON sorts tiles into; one more class is below them, and one above.
 FOLD_BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Of the objects' ids: the same tile of the same slide and run has the same id each time.
+# Namespace of the objects' ids: the same tile of the same slide and run has the same id each time.
 ID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "slidescale/attention")
 
 
@@ -48,7 +48,7 @@ def write_attention(
 
     Args:
         weights: `[N]`, of the tiling's tiles, summing to 1.
-        model: that has given these weights, in words.
+        model: the model that these weights are from, in words.
         says: what it predicts, in words.
         max_px: longer side of each of the PNG's two pictures.
         top: share of the tiles, the most attended, that the GeoJSON has.
@@ -76,10 +76,10 @@ def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray)
     It shows the PNG's colours alone, white where there is no tile. Each tile is `PX_A_TILE` pixels square, whatever the
     slide's own resolution: with d = `tiling.side_px` / `PX_A_TILE`, its pixel (i, j) covers the slide's level-0 pixels
     from (i d, j d) to ((i + 1) d, (j + 1) d), counted from the corner of `slide.bounds`. Where a file states no bounds,
-    that is the slide's corner; where it does, viewers such as QuPath crop the slide to them. So to lay it over the
-    slide as they show it is to scale it by d, which is the quotient of the two files' µm a pixel: its resolution tags
-    are d times the slide's. Its last row and column may reach beyond the slide by less than a pixel, and within bounds
-    tiles lie right to half a pixel, 1/32 of a tile. Levels halve its size down to one file tile.
+    that is the slide's corner; where it does, viewers such as QuPath crop the slide to them. Scaled by d, the picture
+    lies over the slide as they show it; its resolution tags state d times the slide's µm per pixel. Its last row and
+    column may reach beyond the slide by less than a pixel, and within bounds tiles are placed to half a pixel, 1/32 of
+    a tile. Levels halve its size down to one file tile.
     """
     downsample = tiling.side_px / PX_A_TILE
     mpp_um = slide.mpp_um * downsample
@@ -116,14 +116,14 @@ def write_pyramid(path: Path, slide: Slide, tiling: Tiling, weights: np.ndarray)
 def attention_geojson(
     tiling: Tiling, weights: np.ndarray, *, source: str, top: float = 1.0, origin: tuple[int, int] = (0, 0)
 ) -> dict[str, Any]:
-    """Attention as a GeoJSON FeatureCollection that QuPath imports: a square a tile, in level-0 pixels.
+    """Attention as a GeoJSON FeatureCollection that QuPath imports: one square per tile, in level-0 pixels.
 
-    As QuPath reads them (its `QuPathTypeAdapters`): the id is a UUID; `objectType` is "detection", which QuPath draws
-    by the ten thousand, where as many annotations would be slow; `measurements` maps names to numbers, for its
+    As QuPath reads them (its `QuPathTypeAdapters`): the id is a UUID; `objectType` is "detection", of which QuPath
+    draws tens of thousands, where as many annotations would be slow; `measurements` maps names to numbers, for its
     measurement maps; `classification` has a name and a colour, and sorts tiles by fold, so that they show at once.
 
-    Rings are closed, and counterclockwise (RFC 7946, section 3.1.6) by their numbers, as programs take them: with y
-    upwards. In an image, whose y points down, the same ring looks clockwise.
+    Rings are closed and counterclockwise (RFC 7946, section 3.1.6) with y upwards, as programs read the numbers. In an
+    image, whose y points down, the same ring looks clockwise.
 
     Args:
         source: the model and slide, in words, which ids are made from.

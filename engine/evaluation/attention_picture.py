@@ -1,4 +1,4 @@
-"""How a slide's attention looks: colours for tiles, the slide beside itself under them, and a legend."""
+"""How a slide's attention looks: the colours of tiles, the slide beside itself under them, and a legend."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from slidescale.engine.data.slide import Slide
@@ -13,10 +17,13 @@ from slidescale.engine.data.tiling import Tiling
 
 # Colours run from the mean weight to eight times it, on a log scale: attention spans orders of magnitude.
 LARGEST_FOLD = 8.0
-# Of the colour laid over the tissue, just above the mean, and from the largest fold on: the tissue stays visible.
+# How much of a colour is laid over the tissue, just above the mean and from the largest fold on: the tissue stays
+# visible.
 OPACITY = (0.2, 0.7)
-# Of tiles up to the mean, where there is no tissue to be seen below them.
+# Grey of tiles up to the mean, in pictures without tissue.
 PALE = 232.0
+# Of the legend's bar; sizes are in pixels all the same.
+DPI = 100
 
 
 def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_px: int = 640) -> np.ndarray:
@@ -27,7 +34,7 @@ def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_
         max_px: longer side of each of the two pictures.
 
     Returns:
-        uint8 `[h, 2 w, 3]`. Tiles that weigh no more than the mean tile are as they are; the others get the colours of
+        uint8 `[h, 2 w, 3]`. Tiles that weigh no more than the mean tile stay as they are; the others get the colours of
         `attention_colours`.
     """
     plain = slide.overview(max_px)
@@ -45,7 +52,7 @@ def attention_overlay(slide: Slide, tiling: Tiling, weights: np.ndarray, *, max_
 def attention_colours(weights: np.ndarray) -> np.ndarray:
     """Float `[N, 3]`, 0 to 255: from magenta (just above the mean weight) over orange to yellow (8-fold or more).
 
-    Lightness rises all the way, so that people who do not tell red from green, and grey prints, have the order too. Up
+    Lightness rises all the way, so that the order is seen by people who confuse red and green, and in grey prints. Up
     to the mean it is a pale grey, for pictures without tissue.
     """
     above = _above_mean(weights)
@@ -61,7 +68,7 @@ def attention_opacity(weights: np.ndarray) -> np.ndarray:
 
 
 def with_legend(picture: np.ndarray, *lines: str) -> np.ndarray:
-    """A slide beside its attention, with lines of text below, and a bar that says what the colours mean.
+    """A slide beside its attention, with lines of text below, and a bar that shows what the colours mean.
 
     Args:
         picture: uint8 `[h, w, 3]`, as `attention_overlay` makes it.
@@ -74,28 +81,39 @@ def with_legend(picture: np.ndarray, *lines: str) -> np.ndarray:
     width = max(picture.shape[1], 38 * text_px)
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", text_px)
     step = round(1.5 * text_px)
-    bar_top = picture.shape[0] + text_px // 2 + step * (len(lines) + 1) + text_px // 2
-    page = Image.new("RGB", (width, bar_top + round(4.2 * text_px)), "white")
+    bar = _colour_bar(width, text_px)
+    bar_top = picture.shape[0] + text_px + step * (len(lines) + 1)
+    page = Image.new("RGB", (width, bar_top + bar.shape[0]), "white")
     page.paste(Image.fromarray(picture))
+    page.paste(Image.fromarray(bar), (0, bar_top))
     draw = ImageDraw.Draw(page)
     what = "Attention to a tile, in multiples of the slide's mean tile (log scale); the mean and less: no colour"
     for index, line in enumerate([*lines, what]):
         top = picture.shape[0] + text_px // 2 + index * step
         draw.text((text_px, top), _fitting(line, font, width - 2 * text_px), fill="black", font=font)
-    bar_width, left = 32 * text_px, 3 * text_px
-    # As on glass. The bar begins at the mean, of which a tile is as it is.
-    folds = np.geomspace(1, LARGEST_FOLD, bar_width) / bar_width
-    colours, opacity = attention_colours(folds), attention_opacity(folds)[:, None]
-    shown = np.rint(opacity * colours + (1 - opacity) * 255).astype(np.uint8)
-    page.paste(Image.fromarray(np.broadcast_to(shown, (2 * text_px, *shown.shape)).copy()), (left, bar_top))
-    draw.rectangle((left, bar_top, left + bar_width - 1, bar_top + 2 * text_px), outline="black")
-    exponent = round(math.log2(LARGEST_FOLD))
-    for power in range(exponent + 1):
-        x = left + power * (bar_width - 1) // exponent
-        draw.line((x, bar_top + 2 * text_px, x, bar_top + round(2.4 * text_px)), fill="black", width=2)
-        label = {0: "1 (mean)", exponent: f"≥ {LARGEST_FOLD:g}"}.get(power, str(2**power))
-        draw.text((x, bar_top + round(2.5 * text_px)), label, fill="black", font=font, anchor="ma")
     return np.asarray(page)
+
+
+def _colour_bar(width: int, text_px: int) -> np.ndarray:
+    """A bar with the colours of attention from the mean to the largest fold, uint8 `[h, width, 3]`.
+
+    The colours are laid over white, as on glass; the bar begins at the mean, of which a tile is as it is.
+    """
+    folds = np.geomspace(1, LARGEST_FOLD, 256)
+    colours, opacity = attention_colours(folds / len(folds)), attention_opacity(folds / len(folds))[:, None]
+    on_white = (opacity * colours + (1 - opacity) * 255) / 255
+    height = round(4.2 * text_px)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axes = figure.add_axes((3 * text_px / width, 1 - 2 * text_px / height, 32 * text_px / width, 2 * text_px / height))
+    shown = ScalarMappable(LogNorm(1, LARGEST_FOLD), ListedColormap(on_white))
+    ticks = [2**power for power in range(round(math.log2(LARGEST_FOLD)) + 1)]
+    words = ["1 (mean)", *map(str, ticks[1:-1]), f"≥ {LARGEST_FOLD:g}"]
+    bar = figure.colorbar(shown, cax=axes, orientation="horizontal")
+    bar.set_ticks(ticks, labels=words, fontsize=text_px * 72 / DPI)
+    bar.ax.minorticks_off()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _above_mean(weights: np.ndarray) -> np.ndarray:

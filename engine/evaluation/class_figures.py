@@ -42,8 +42,8 @@ def roc_figure(questions: Sequence[Question]) -> Figure:
     """Sensitivity over 1 − specificity, one curve per question."""
     figure, axes = _curve_canvas(len(questions), "ROC curve")
     axes.plot([0, 1], [0, 1], **REFERENCE)
-    for display in roc_curves(questions, axes):
-        display.line_.set_label(f"AUROC {display.roc_auc:.3f}  {display.name}")
+    for question, display in zip(questions, roc_curves(questions, axes), strict=True):
+        display.line_.set_label(f"AUROC {display.roc_auc:.3f}  {short(question.name)}")
     _finish_curves(axes, len(questions), "1 − specificity", "Sensitivity", "lower right")
     return figure
 
@@ -51,10 +51,10 @@ def roc_figure(questions: Sequence[Question]) -> Figure:
 def precision_recall_figure(questions: Sequence[Question]) -> Figure:
     """Precision over recall, one curve per question, beside the share of positive slides: what chance has."""
     figure, axes = _curve_canvas(len(questions), "Precision and recall")
-    for display in precision_recall_curves(questions, axes):
+    for question, display in zip(questions, precision_recall_curves(questions, axes), strict=True):
         colour = GREY if len(questions) == 1 else display.line_.get_color()
-        axes.axhline(display.prevalence_pos_label, **(REFERENCE | {"color": colour}))
-        display.line_.set_label(f"Average precision {display.average_precision:.3f}  {display.name}")
+        axes.axhline(display.prevalence_pos_label, **(REFERENCE | {"color": colour, "zorder": 1}))
+        display.line_.set_label(f"Average precision {display.average_precision:.3f}  {short(question.name)}")
     axes.plot([], [], **REFERENCE, label="Share of positive slides")
     _finish_curves(axes, len(questions), "Recall (sensitivity)", "Precision", "lower left")
     return figure
@@ -63,9 +63,7 @@ def precision_recall_figure(questions: Sequence[Question]) -> Figure:
 def roc_curves(questions: Sequence[Question], axes: Axes) -> list[RocCurveDisplay]:
     """Draw the ROC curve of each question."""
     return [
-        RocCurveDisplay.from_predictions(
-            question.truth, question.scores, name=short(question.name), ax=axes, curve_kwargs=_stroke(index)
-        )
+        RocCurveDisplay.from_predictions(question.truth, question.scores, ax=axes, curve_kwargs=_stroke(index))
         for index, question in enumerate(questions)
     ]
 
@@ -73,9 +71,7 @@ def roc_curves(questions: Sequence[Question], axes: Axes) -> list[RocCurveDispla
 def precision_recall_curves(questions: Sequence[Question], axes: Axes) -> list[PrecisionRecallDisplay]:
     """Draw precision over recall of each question, in steps, from recall 1 to 0."""
     return [
-        PrecisionRecallDisplay.from_predictions(
-            question.truth, question.scores, name=short(question.name), ax=axes, curve_kwargs=_stroke(index)
-        )
+        PrecisionRecallDisplay.from_predictions(question.truth, question.scores, ax=axes, curve_kwargs=_stroke(index))
         for index, question in enumerate(questions)
     ]
 

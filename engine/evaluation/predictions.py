@@ -231,7 +231,7 @@ def run_model(
 
 
 class _Round(Generic[File]):
-    """Slides that the tile groups predict side by side; a group without one does as if it had the first."""
+    """Slides that the tile groups predict side by side; a group without one repeats the first."""
 
     def __init__(self, rows: Sequence[File], tilings: dict[str, Tiling], mesh: Mesh, chunk: int) -> None:
         self.rows = rows

@@ -1,1 +1,1 @@
-"""What a slide is labelled with."""
+"""What slides are labelled with: one file per kind of supervision, and what several kinds share."""

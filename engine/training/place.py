@@ -35,7 +35,7 @@ class Place:
 
 
 def choose_place(config: Config) -> Place:
-    """What can be chosen before the ranks meet, so that what does not go together is told at once."""
+    """Choose what can be chosen before the ranks meet, so that settings that do not go together are refused at once."""
     device = pick_device(config.local_rank)
     strategy = select_strategy(config, ranks=int(os.environ.get("WORLD_SIZE", 1)))
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and has_bf16(device))

@@ -26,11 +26,7 @@ CORE_SETTINGS = (
     "run.epochs",
     "run.seed",
 )
-
-
 MOST_SETTINGS = 15
-
-
 # Left out of that table: names and places, which TensorBoard shows anyhow, and what only changes the speed.
 NOT_COMPARED: tuple[str, ...] = (
     "run.name",
@@ -40,13 +36,15 @@ NOT_COMPARED: tuple[str, ...] = (
     "data.manifest",
     "data.readers",
     "data.prefetch",
+    "data.classes",
+    *(f"data.{name}_column" for name in ("slide", "case", "path", "label", "event", "split")),
+    "model.weights",
+    "memory.",
+    "parallel.",
+    "deepspeed_config",
+    "local_rank",
+    "resume",
 )
-
-
-NOT_COMPARED += ("deepspeed_config", "local_rank", "resume", "memory.", "parallel.", "data.classes", "model.weights")
-
-
-NOT_COMPARED += tuple(f"data.{name}_column" for name in ("slide", "case", "path", "label", "event", "split"))
 
 
 def layout(headline: str) -> dict[str, dict[str, list[object]]]:
