@@ -38,7 +38,7 @@ k-study: $(VENV)/ready-to-study
 	$(RUN) python recipes/k_study.py --page docs/k_study.md $(ARGS)
 
 # Two workers, which share the tests file by file; those in worlds of ranks stay together.
-TEST := $(RUN) python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+TEST := $(RUN) python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test: $(VENV)/ready-to-test
 	$(TEST) $(ARGS)

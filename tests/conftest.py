@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from slidescale.engine.data import retry
 from slidescale.engine.data.demo_cohort import write_demo_cohort
 
 from support.networks import NARROW
+from support.sharing import WORLDS, ByWorlds, group_of
 from support.worlds import World
 
 MadeOnce = Callable[[str, Callable[[Path], Path]], Path]
@@ -30,7 +32,7 @@ if not torch.cuda.is_available():
 
 
 # Where workers share the tests, those with the most to do come first, so that none waits for another at the end.
-FIRST = ("worlds", "launch", "recipes", "resume", "stopping", "several_machines", "planner", "training", "frozen")
+FIRST = (WORLDS, "launch", "recipes", "resume", "stopping", "several_machines", "planner", "training", "frozen")
 # The largest of the whole grids, behind everything else that needs worlds.
 LAST = "test_all_combinations_equal_plain_autograd"
 BEGIN = time.monotonic()
@@ -40,27 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="skip the tests that have not begun by then")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests for GPUs, with the reason, where there are none; and deal out the others to workers.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return ByWorlds(config, log)
 
-    A file's tests go to one worker (`--dist loadgroup`), except that all tests in worlds of ranks go to the same one,
-    which starts each world once.
-    """
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests for GPUs, with the reason, where there are none; and put first what takes longest."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="this machine has no GPU that PyTorch can use"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_place_of)
 
 
-def _group_of(item: pytest.Item) -> str:
-    return "worlds" if "world" in getattr(item, "fixturenames", ()) else item.path.stem.removeprefix("test_")
-
-
 def _place_of(item: pytest.Item) -> tuple[int, bool, bool]:
-    group = _group_of(item)
+    group = group_of(item.config.rootpath, item.nodeid)
     place = FIRST.index(group) if group in FIRST else len(FIRST)
     return place, item.name.startswith(LAST), not item.path.stem.startswith("test_equivalence")
 
