@@ -251,7 +251,7 @@ def test_calls_that_belong_to_no_phase_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="1 calls after the last lap"):
         counter.calls()
     counter.lap("aggregate")
-    assert counter.told() == {
+    assert counter.summary() == {
         "aggregate": [{"operation": "all-reduce", "ranks": 2, "calls": 1, "payload": 4, "wire": 4.0}]
     }
 

@@ -138,7 +138,7 @@ class Communication(TorchDispatchMode):
             raise RuntimeError(f"{len(self._unclaimed)} calls after the last lap, the first is {self._unclaimed[0]}")
         return self._calls
 
-    def told(self) -> dict[str, list[dict[str, Any]]]:
+    def summary(self) -> dict[str, list[dict[str, Any]]]:
         """Return the sums of each phase, operation and number of ranks, for JSON."""
         return {phase: list(_sums(calls)) for phase, calls in self.calls().items() if calls}
 
@@ -177,7 +177,7 @@ class CountingStopwatch(Stopwatch):
 
 
 def total(phases: dict[str, list[dict[str, Any]]], what: str, *, operation: str | None = None) -> float:
-    """Add up "calls", "payload" or "wire" over phases of `Communication.told`, for one operation or all."""
+    """Add up "calls", "payload" or "wire" over phases of `Communication.summary`, for one operation or all."""
     return sum(
         each[what] for phase in phases.values() for each in phase if operation is None or each["operation"] == operation
     )

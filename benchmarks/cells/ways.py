@@ -230,13 +230,13 @@ class EngineWay(Way):
             yield self._step.take(batch).seconds
 
     def count(self, k: int) -> dict[str, list[dict[str, Any]]]:
-        """What a rank says to others in a step on K tiles, as `Communication.told` has it."""
+        """Count what a rank sends in a step on K tiles; return `Communication.summary`."""
         communication, step = Communication(), self._step.train_step
         timing, step.stopwatch = step.stopwatch, CountingStopwatch(self.device, communication)
         with communication:
             list(self.steps(k, 1))
         step.stopwatch = timing
-        return communication.told()
+        return communication.summary()
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Put together from all ranks."""
