@@ -260,8 +260,8 @@ def format_answer(answer: Answer) -> str:
     if answer.seconds is not None:
         lines.append(
             f"time: {answer.seconds:,.2f} s per step on {request.device}, at {UTILISATION:.0%} of its arithmetic or "
-            f"{BANDWIDTH_UTILISATION:.0%} of a bandwidth, its memory's or the host's; "
-            "reading and communication between ranks not counted"
+            f"{BANDWIDTH_UTILISATION:.0%} of the bandwidth of its memory or of its link to the host, whichever takes "
+            "longer; without reading and communication between ranks"
         )
     if footprint.given:
         lines.append(f"largest K: {answer.largest_k['recompute']:,}")
