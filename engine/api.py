@@ -20,7 +20,7 @@ from slidescale.engine.memory.two_pass import Chunks, encode
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, join
 from slidescale.engine.parallel.tile_parallel import TileGroup
-from slidescale.engine.strategies.ds_config import complete_ds_config
+from slidescale.engine.strategies.ds_config import ELEMENTWISE, complete_ds_config
 from slidescale.engine.strategies.held import Holding
 from slidescale.engine.strategies.make import Optimizing, StrategyName, make_strategy
 from slidescale.engine.strategies.strategy import Strategy
@@ -75,11 +75,15 @@ def make_step(
         ConfigError: settings that do not go together, or an optimizer that does not have the model's parameters.
     """
     name, stage = _resolve(strategy, ds_config, mesh)
+    if stage and isinstance(optimizer, Optimizer):
+        _check_elementwise(optimizer, strategy)
     mesh = _meet(mesh, name)
     if stage is not None:
         bf16 = model.autocast == torch.bfloat16
         ours = Config(run=RunConfig(name="library"), optim=OptimConfig(clip=clip))
-        ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, ours, None, bf16=bf16)
+        # DeepSpeed's list of tested optimizers is short; ours is of those that ZeRO may split.
+        content = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+        ds_config = complete_ds_config(content, ours, None, bf16=bf16)
     memory = MemoryConfig(
         chunk=chunk, budget=budget, policy=policy, offload_folder=offload_folder, offload_to=offload_to
     )
@@ -253,6 +257,16 @@ def _resolve(strategy: str, ds_config: dict[str, Any] | None, mesh: Mesh | None)
         case "single" | "ddp" | "fsdp" | "zero":
             return strategy, None
     raise ConfigError(f"strategy is {strategy!r}: must be auto, single, ddp, fsdp, zero or zero0 to zero3")
+
+
+def _check_elementwise(optimizer: Optimizer, strategy: str) -> None:
+    known = {"Adam", "AdamW", *ELEMENTWISE}
+    if not known & {kind.__name__ for kind in type(optimizer).__mro__}:
+        raise ConfigError(
+            f"strategy {strategy} splits parameters, and may only with an optimizer that updates each element by "
+            f"itself, which is not known of {type(optimizer).__name__}: use ddp, zero0, or one of "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _meet(mesh: Mesh | None, name: StrategyName) -> Mesh:

@@ -244,6 +244,14 @@ def test_settings_that_cannot_be(change: dict[str, Any], message: str) -> None:
         engine.make_step(model, torch.optim.SGD(model.parameters()), cross_entropy, mesh=engine.Mesh(), **change)
 
 
+def test_zero_takes_no_optimizer_that_looks_at_whole_parameters() -> None:
+    model = make_model()
+    with pytest.raises(
+        ConfigError, match="may only with an optimizer that updates each element.*not known of Adafactor"
+    ):
+        engine.make_step(model, torch.optim.Adafactor(model.parameters()), cross_entropy, strategy="zero2")
+
+
 def test_modules_that_do_not_fit_are_explained() -> None:
     with pytest.raises(ConfigError, match=r"TransMil does not take \(features, places, group\).*Gathered\(TransMil"):
         engine.SlideModel(Encoder(), TransMil(6, 3))
