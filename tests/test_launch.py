@@ -50,6 +50,7 @@ def with_real_slide(cohort_copy: Path, real_slide: Path) -> Path:
     return cohort_copy
 
 
+@pytest.mark.full
 def test_two_ranks_train_as_one_process_does(with_real_slide: Path, tmp_path: Path) -> None:
     """Deepspeed on 2 ranks and plain Python: the same bags, the same losses; each line of output once; a resume."""
     out = tmp_path / "runs"
@@ -176,6 +177,7 @@ def test_torchrun_and_a_resume_on_other_ranks(demo_manifest: Path, tmp_path: Pat
         start("egfr", *words_for(demo_manifest, tmp_path, *single, "--resume"))
 
 
+@pytest.mark.full
 def test_policies_give_the_same_run(demo_manifest: Path, tmp_path: Path) -> None:
     """What becomes of activations does not change what is learnt; and the offload leaves nothing behind."""
     settings = ["--run.epochs", "1", "--model.drop-path", "0.2", "--model.transformer-layers", "1"]

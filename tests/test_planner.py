@@ -63,8 +63,8 @@ print(json.dumps({"base": base, "peak": peak_gib(torch.device("cpu")) * GIB}))
     ("name", "bf16", "k", "chunk", "stored"),
     [
         ("resnet18", True, 128, 16, 8),
-        ("vit_tiny_patch16_224", False, 64, 64, 0),
         *full(
+            ("vit_tiny_patch16_224", False, 64, 64, 0),
             ("resnet18", True, 128, 128, 0),
             ("resnet18", True, 192, 16, 8),
             ("vit_tiny_patch16_224", True, 80, 16, 5),

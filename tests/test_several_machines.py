@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from support.grids import full
 from support.launches import PATIENCE_S, ROOT, SMALL, environment, losses
 
 BIN = Path(sys.executable).parent
@@ -177,7 +176,8 @@ def by_slurm(hosts: list[Host], words: list[str], logs: list[Path]) -> list[subp
         return [subprocess.Popen(script, env=environment() | job, stdout=file, stderr=subprocess.STDOUT)]
 
 
-@pytest.mark.parametrize(("launch", "strategy"), [(by_slurm, "fsdp"), *full((by_deepspeed, "zero2"))])
+@pytest.mark.full
+@pytest.mark.parametrize(("launch", "strategy"), [(by_slurm, "fsdp"), (by_deepspeed, "zero2")])
 def test_two_machines_train_as_one_process_does(
     launch: Callable[..., list[subprocess.Popen[bytes]]],
     strategy: str,
