@@ -9,6 +9,7 @@ import torch
 from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies.strategy import SingleStrategy
+from slidescale.engine.training import checkpoint
 from slidescale.engine.training.checkpoint import Checkpoints, Progress
 from slidescale.engine.training.weights import WEIGHTS
 
@@ -88,15 +89,15 @@ def test_killed_as_it_marks_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
         parameter.data += 1
     new = state_of(model)
     checkpoints.save(strategy, progress(2))
-    point = Checkpoints._point
+    point = checkpoint.point
 
-    def kill(self: Checkpoints, link: str, target: Path) -> None:
+    def kill(link: Path, target: Path) -> None:
         if after:
-            point(self, link, target)
+            point(link, target)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_point", kill)
+        patch.setattr(checkpoint, "point", kill)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.mark_best(strategy, progress(2))
     assert differing(tmp_path / WEIGHTS, old) == []

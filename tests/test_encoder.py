@@ -24,6 +24,8 @@ from slidescale.engine.models.make import describe_encoder
 from slidescale.engine.models.packaged import packaged_weights
 from slidescale.engine.models.slide_model import SlideModel
 
+from support.networks import Unused
+
 K = 7
 SEED = 5
 
@@ -43,8 +45,7 @@ def make_chunks(size: int) -> Chunks:
 
 def make_model(encoder: Encoder) -> SlideModel:
     """With an encoder only, in fp64, and away from the start, at which many blocks and adapters give zeros."""
-    unused: Any = nn.Identity()
-    model = SlideModel(encoder, unused).double().train()
+    model = SlideModel(encoder, Unused()).double().train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,7 +20,7 @@ from slidescale.engine.models.foundation import FOUNDATION_MODELS, find_foundati
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.strategies.optim import parameter_groups
 
-from support.networks import NARROW
+from support.networks import NARROW, Unused
 
 # Published on the models' cards and in their papers, in millions; D; blocks of the network.
 PUBLISHED = {
@@ -126,8 +126,7 @@ def test_networks_are_those_that_are_published(name: str) -> None:
     count = sum(parameter.numel() for parameter in encoder.parameters())
     assert count == FOUNDATION_MODELS[name].parameters
     assert count // 10**6 == millions
-    unused: Any = nn.Identity()
-    groups = parameter_groups(SlideModel(encoder, unused), OptimConfig(lr=1.0, layer_decay=0.5))
+    groups = parameter_groups(SlideModel(encoder, Unused()), OptimConfig(lr=1.0, layer_decay=0.5))
     rates = {group["lr"] for group in groups}
     # The patch embedding and each block, with the normalisation after the last, at half the rate of the next.
     assert rates == {0.5**depth for depth in range(blocks + 1)}

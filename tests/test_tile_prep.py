@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import skimage.color
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slidescale.engine.config import Config, DataConfig, ModelConfig, RunConfig
 from slidescale.engine.errors import ConfigError
@@ -22,6 +22,7 @@ from slidescale.engine.models.tile_prep import TilePrep
 from slidescale.kernels.tile_prep import prepare_tiles, reference
 
 pytest.importorskip("triton")
+from support.networks import Unused
 from support.tiles import DEVICE, MEAN, STD, random_colour, random_tiles
 
 K, SEED = 7, 5
@@ -195,8 +196,7 @@ def test_white_stays_bright(strength: float) -> None:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_two_passes_equal_plain_autograd(settings: dict[str, Any], chunk: int) -> None:
     def model(**settings: Any) -> SlideModel:
-        unused: Any = nn.Identity()
-        return SlideModel(make_encoder(**settings), unused).double().train()
+        return SlideModel(make_encoder(**settings), Unused()).double().train()
 
     def gradients(model: SlideModel) -> dict[str, Tensor]:
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -16,6 +16,8 @@ from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.models.trial import try_network, turn_off_dropout
 
+from support.networks import Unused
+
 K = 5
 # With dropout of their own: before the classifier, in tables of relative positions, or in the forward without a layer.
 OWN_DROPOUT = ["ghostnet_050", "vit_relpos_small_patch16_224", "maxvit_rmlp_pico_rw_256"]
@@ -170,8 +172,7 @@ def gradients(model: SlideModel, size: int, side: int) -> tuple[Tensor, dict[str
 def check_chunks(name: str, side: int, drop_path: float) -> None:
     """Chunks of two tiles give what one batch gives, in training mode."""
     torch.manual_seed(0)
-    unused: Any = nn.Identity()
-    model = SlideModel(Encoder(name, tile_px=side, drop_path=drop_path), unused).double().train()
+    model = SlideModel(Encoder(name, tile_px=side, drop_path=drop_path), Unused()).double().train()
     features, expected = gradients(model, K, side)
     found_features, found = gradients(model, 2, side)
     torch.testing.assert_close(found_features, features, rtol=1e-8, atol=1e-8)
