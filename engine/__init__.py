@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slidescale.engine.api import make_step as make_step
     from slidescale.engine.config import Config as Config
     from slidescale.engine.memory.two_pass import Chunks as Chunks
+    from slidescale.engine.memory.two_pass import aggregate as aggregate
     from slidescale.engine.memory.two_pass import backpropagate as backpropagate
     from slidescale.engine.memory.two_pass import encode as encode
     from slidescale.engine.models.gathered import Gathered as Gathered
@@ -33,6 +34,7 @@ _FACE = {
     "Mesh": "parallel.mesh",
     "SlideModel": "models.slide_model",
     "SlideStep": "api",
+    "aggregate": "memory.two_pass",
     "backpropagate": "memory.two_pass",
     "encode": "memory.two_pass",
     "join": "parallel.mesh",

@@ -266,7 +266,7 @@ def test_modules_that_do_not_fit_are_explained() -> None:
         (nn.Identity(), engine.Gathered(TransMil(6, 3)), r"encoder returns \[2, 3, 4\] for 2 tiles"),
         (Encoder(), engine.Gathered(nn.Identity()), r"Identity returns \[2, 6\] for a slide"),
     ):
-        broken = engine.SlideModel(encoder, aggregator)
+        broken = engine.SlideModel(encoder, aggregator).eval()
         with pytest.raises(ConfigError, match=message):
             broken.aggregate(broken.encode(torch.zeros(2, 3, 4)), torch.zeros(2, 2), TileGroup())
 

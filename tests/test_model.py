@@ -9,13 +9,13 @@ import timm
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slidescale.engine import run
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.aggregator import Aggregator, SlideNorm
 from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.supervision.classes import CrossEntropy
+from slidescale.engine.training import slides as slides_of_run
 from slidescale.kernels.gated_attention import Partial, merge_partials, pool_partial
 
 
@@ -147,9 +147,9 @@ def test_slides_that_normalisation_makes_alike_are_told(caplog: pytest.LogCaptur
     )
     for k, expected in (("all", "2 of 4 slides have one tile (b, c)"), (1, "3 of 4 slides have one tile (a, b, c)")):
         caplog.clear()
-        run._warn_of_single_tiles(cohort, k)
+        slides_of_run._warn_of_single_tiles(cohort, k)
         assert expected in caplog.text and "predicted alike" in caplog.text
     slides.update({"train": {"a": 9}, "val": {}})
     caplog.clear()
-    run._warn_of_single_tiles(cohort, "all")
+    slides_of_run._warn_of_single_tiles(cohort, "all")
     assert not caplog.text

@@ -18,10 +18,17 @@ from slidescale.engine.models.encoder import Encoder
 from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.strategies.optim import make_optimizer, parameter_groups
 
+from support.networks import Unused
+
+
+class OneVector(nn.Sequential):
+    def forward(self, features: Any, places: Any, group: Any) -> Any:
+        return super().forward(features), None
+
 
 def make_model(encoder: str = "test_vit", **settings: Any) -> SlideModel:
     torch.manual_seed(0)
-    aggregator: Any = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    aggregator = OneVector(nn.Linear(4, 3), nn.LayerNorm(3))
     return SlideModel(Encoder(encoder, tile_px=32, **settings), aggregator)
 
 
@@ -306,7 +313,7 @@ def test_apex_on_split_parameters_is_refused(site: Path, monkeypatch: pytest.Mon
 def test_a_normalisation_at_the_end_is_no_step_of_layer_decay(encoder: str, last: str, before: str) -> None:
     """ConvNeXt's `head.norm` and the `fc_norm` of transformers that average their tokens: timm numbers them apart."""
     with torch.device("meta"):
-        model = SlideModel(Encoder(encoder, tile_px=32), nn.Identity())  # type: ignore[arg-type]
+        model = SlideModel(Encoder(encoder, tile_px=32), Unused())
     groups = parameter_groups(model, OptimConfig(lr=1.0, layer_decay=0.5))
     rates = {name: group["lr"] for group in groups for name in names_in(model, group)}
     norm = next(name for name in rates if name.endswith(("head.norm.weight", "fc_norm.weight")))

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slidescale.engine.errors import ConfigError
 from slidescale.engine.models.dropout import Draw, drawing_for
 from slidescale.engine.models.slide_model import SlideModel
+from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.seeding import seeded
 
 Backward = Callable[[Tensor], None]
@@ -83,6 +84,30 @@ def encode(model: SlideModel, chunks: Chunks, stored: int = 0, saving: Saving = 
             graphs.append((row, features))
             parts.append(features.detach())
     return Encoded(torch.cat(parts).requires_grad_(), graphs)
+
+
+def aggregate(
+    model: SlideModel,
+    chunks: Chunks,
+    encoded: Encoded,
+    places: Tensor | None = None,
+    group: TileGroup = TileGroup(),  # noqa: B008 (it is frozen)
+) -> tuple[Tensor, Tensor | None]:
+    """Aggregate the features of a bag, with random numbers of the bag's own.
+
+    Args:
+        places: `[K, 2]`, as `SlideModel.aggregate` takes them; None: all K tiles are here, and at one place.
+        group: the ranks that share the bag.
+
+    Returns:
+        Logits `[C]` and weights `[K_local]`, as `SlideModel.aggregate` has them.
+    """
+    features = encoded.features
+    places = features.new_zeros(len(features), 2) if places is None else places.to(features.device)
+    draw = Draw(chunks.seed, chunks.offset, len(chunks.tiles))
+    # What draws from PyTorch's generator, and not by tile, draws alike on every rank.
+    with seeded(features.device, chunks.seed, "aggregator"), drawing_for(draw):
+        return model.aggregate(features, places, group)
 
 
 def backpropagate(model: SlideModel, chunks: Chunks, encoded: Encoded, backward: Backward) -> None:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from slidescale.engine.errors import TrainingError
 from slidescale.engine.memory.offload import Offload
-from slidescale.engine.memory.two_pass import Chunks, Saving, backpropagate, encode, inject_zeros
-from slidescale.engine.models.dropout import Draw, drawing_for
+from slidescale.engine.memory.two_pass import Chunks, Saving, aggregate, backpropagate, encode, inject_zeros
 from slidescale.engine.parallel.mesh import Mesh
-from slidescale.engine.seeding import seeded
 from slidescale.engine.strategies.strategy import Strategy
 from slidescale.engine.training.stopwatch import Stopwatch
 
@@ -166,9 +164,7 @@ class TrainStep:
         with self._offloading() as saving:
             encoded = encode(model, chunks, 0 if frozen else self.plan.stored_chunks(largest), saving)
             lap("pass 1")
-            # What draws from PyTorch's generator, and not by tile, draws alike on every rank.
-            with seeded(strategy.device, share.seed, "aggregator"), drawing_for(Draw(share.seed, offset, len(tiles))):
-                logits, weights = model.aggregate(encoded.features, share.places.to(strategy.device), group)
+            logits, weights = aggregate(model, chunks, encoded, share.places, group)
             loss = self.loss(logits, share.target.to(logits.device))
             losses = self._check_losses(share, loss.item())
             if share.weight:
