@@ -7,7 +7,7 @@
 #   make bench-full    the same with tiles of full size, up to a slide of 20,000: an hour
 #   make weak-scaling  a model of steps on many GPUs, compared with steps on this machine
 #
-#   make test          the tests, 12 minutes on two cores; ARGS="-k tiling" chooses some
+#   make test          the tests, a quarter of an hour on two cores; ARGS="-k tiling" chooses some
 #   make test-full     all of them: every combination of strategy, policy, aggregator, chunk size and ranks
 #   make lint          style and types
 #   make clean         remove .venv and all that was built
