@@ -155,7 +155,7 @@ class Communication(TorchDispatchMode):
         if name in SILENT:
             return
         if name not in OPERATIONS:
-            raise NotImplementedError(f"{name} sends an unknown number of bytes: add it to OPERATIONS or SILENT")
+            raise LookupError(f"{name} sends an unknown number of bytes: add it to OPERATIONS or SILENT")
         operation = OPERATIONS[name]
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
         ranks = _group(given).size()

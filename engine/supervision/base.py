@@ -164,9 +164,9 @@ class Supervision(ABC):
         """Index of the class that probabilities `[n, O]` amount to `[n]`; of kinds with one class per slide.
 
         Raises:
-            NotImplementedError: slides have no class.
+            TypeError: slides of this kind have no class.
         """
-        raise NotImplementedError(f"slides of {self.name} have no class")
+        raise TypeError(f"slides of {self.name} have no class")
 
     def questions(self, targets: np.ndarray, outputs: np.ndarray, names: Sequence[str]) -> list[Question]:
         """The yes-or-no questions that ROC and precision-recall curves show; those with slides of both answers."""
