@@ -107,6 +107,31 @@ def test_an_ended_sweep_ends_its_ranks(tmp_path: Path) -> None:
         assert not psutil.pid_exists(rank)
 
 
+def test_a_signal_while_ranks_are_polled_ends_the_sweep(tmp_path: Path) -> None:
+    """It comes while Popen holds its lock, which an exception from the handler would never give back."""
+    (tmp_path / "rank.py").write_text(SCRIPT)
+    sweep = f"""
+import os, signal, subprocess, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from pathlib import Path
+from cells import harness
+
+poll = subprocess.Popen.poll
+
+def interrupted(self):
+    self._waitpid_lock.acquire()
+    os.kill(os.getpid(), signal.SIGTERM)
+    self._waitpid_lock.release()
+    return poll(self)
+
+subprocess.Popen.poll = interrupted
+limits, log = harness.Limits({PATIENCE_S}, 2**40), Path({str(tmp_path / "log")!r})
+harness.run_world([{str(tmp_path / "rank.py")!r}, "wait"], ranks=1, device="cpu", limits=limits, log=log)
+"""
+    done = subprocess.run([sys.executable, "-c", sweep], timeout=PATIENCE_S, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_the_machine_is_described(harness: ModuleType) -> None:
     from common.machine import describe_machine, machine_line
 

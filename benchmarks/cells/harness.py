@@ -57,8 +57,17 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
         words: arguments of Python: a script, or -m and a module of the benchmarks' folder; then arguments of its own.
         device: "cpu" or "cuda". The memory of a GPU is not watched from outside.
         log: the file for all output of the processes.
+
+    Raises:
+        SystemExit: this process was asked to end by SIGTERM or SIGHUP; the ranks, which know nothing of it, have ended.
     """
-    before = {each: signal.signal(each, _end) for each in (signal.SIGTERM, signal.SIGHUP)}
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        # Not an exception from here: inside of Popen.poll it would leave a lock that Popen.wait then waits for.
+        asked.append(number)
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGHUP)}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,7 +96,7 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
                         start_new_session=True,
                     )
                 )
-            return _watch(processes, device, limits, log)
+            return _watch(processes, device, limits, log, asked)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -97,16 +106,13 @@ def run_world(words: list[str], *, ranks: int, device: str, limits: Limits, log:
                 signal.signal(each, handler)
 
 
-def _end(number: int, _: object) -> None:
-    """Leave by an exception, so that the ranks, which know nothing of this process, are ended on the way out."""
-    sys.exit(128 + number)
-
-
-def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: Path) -> Ended:
-    """Wait for the end."""
+def _watch(processes: list[subprocess.Popen], device: str, limits: Limits, log: Path, asked: list[int]) -> Ended:
+    """Wait for the end, or leave when a signal has asked for it."""
     deadline = time.monotonic() + limits.seconds
     running = True
     while running:
+        if asked:
+            sys.exit(128 + asked[0])
         codes = [process.poll() for process in processes]
         running = None in codes
         # A rank whose memory was full comes first: the others may have failed because it ended.
