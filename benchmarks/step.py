@@ -12,41 +12,25 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from slidescale.engine.api import make_step
+from slidescale.engine.api import FixedPlan, make_step
+from slidescale.engine.config import PolicyName
 from slidescale.engine.files import write_json
+from slidescale.engine.memory.policies import POLICIES
 from slidescale.engine.memory.usage import keep_freed_memory
 from slidescale.engine.models.make import make_model
 from slidescale.engine.parallel.mesh import Mesh
+from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.supervision.classes import CrossEntropy
+from slidescale.engine.training.bags import Bag
 from slidescale.engine.training.place import has_bf16
-from slidescale.engine.training.step import Share, Step
 from slidescale.kernels.dispatch import choose_kernels
 
 from cells.ways import CLASSES, Cell
 from common.timing import measure_seconds
-
-
-class Stored(NamedTuple):
-    """A plan that stores the graphs of so many chunks."""
-
-    chunk: int
-    stored: int
-
-    def stored_chunks(self, k: int) -> int:
-        """As many of a bag's chunks as there are."""
-        return min(self.stored, -(-k // self.chunk))
-
-
-def one_bag(tiles: torch.Tensor) -> Step:
-    """A step on one bag."""
-    k = len(tiles)
-    places = torch.arange(k, dtype=torch.float32).repeat(2, 1).T
-    share = Share("random", tiles, torch.tensor([1.0], dtype=torch.float64), places, seed=0)
-    return Step(("random",), k, [k], iter([share]))
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -84,15 +68,15 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         for part, wanted in zip(tiles.split(chunk), gradient.split(chunk), strict=True):
             (model.encode(part) * wanted).sum().backward()
 
-    def take(stored: int) -> None:
-        step.follow(Stored(chunk, stored))
-        step.take(one_bag(tiles))
+    def take(policy: PolicyName) -> None:
+        step.follow(FixedPlan(chunk, POLICIES[policy], TileGroup()))
+        step(Bag(tiles, [1.0]))
 
     ways: dict[str, Callable[[], Any]] = {
         "forward": forward,
         "forward + backward": forward_backward,
-        "recompute": lambda: take(0),
-        "keep": lambda: take(k),
+        "recompute": lambda: take("recompute"),
+        "keep": lambda: take("keep"),
     }
     return measure_seconds(ways, args.turns)
 

@@ -218,7 +218,8 @@ class SlideStep:
         assert self.plan is not None
         (share,) = step.shares
         group, device, chunk = self.mesh.tiles, self.mesh.device, self.plan.chunk
-        training = self.model.training
+        # Each module's own: an encoder may be in evaluation mode for its BatchNorm layers, in a model that trains.
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             count = group.chunk_count(step.slots[0], chunk)
@@ -226,7 +227,8 @@ class SlideStep:
             with torch.no_grad():
                 return self.model.aggregate(encoded.features, share.places.to(device), group)
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def save(self, path: Path | str) -> None:
         """Write the model's weights as safetensors, whole, whatever the strategy; every rank calls it."""

@@ -20,7 +20,8 @@ from slidescale.engine.parallel.rank_group import RankGroup
 from slidescale.engine.parallel.tile_parallel import TileGroup
 
 from support.cells import BENCHMARKS, run_in_kept_worlds
-from support.equivalence import BAG_SIZES, Case, make_model, make_step, mesh_for, train
+from support.equivalence import Case, make_model, make_step, mesh_for, train
+from support.memory_slides import BAG_SIZES
 from support.worlds import World
 
 STEPS = len(BAG_SIZES)

@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from support import equivalence
+from support import faults
 from support.compared import TOLERANCE, GetWorld, check
-from support.equivalence import (
-    BAG_SIZES,
-    READ_BUT_NOT_CALLED,
-    Case,
-    compare,
-    compare_all,
-    gathers,
-    losses_of,
-    predictions,
-)
+from support.equivalence import Case, compare, compare_all, losses_of, predictions
 from support.grids import full
+from support.memory_slides import BAG_SIZES
+from support.narrow import READ_BUT_NOT_CALLED
 from support.pairwise import pairwise
+from support.zero_gathers import gathers
 
 STRATEGIES = [
     "single",
@@ -178,7 +172,7 @@ def test_zero3_gathers_parameters_of_modules_that_are_not_called(world: GetWorld
         ],
     )
     with pytest.raises(AssertionError, match="size mismatch"):
-        world(2).run(compare, Case(strategy="zero3", encoder="eva02_tiny_patch14_224"), equivalence.unmarked_forwards)
+        world(2).run(compare, Case(strategy="zero3", encoder="eva02_tiny_patch14_224"), faults.unmarked_forwards)
 
 
 @pytest.mark.full
@@ -196,7 +190,7 @@ def test_every_network_that_reads_but_does_not_call(world: GetWorld, ranks: int,
         replace(base, accumulate=2, tile_ranks=1, policy="auto-1", dropout=0.3),
     ]
     check(world(ranks), cases)
-    wrong = world(ranks).run(compare, base, equivalence.skipped_chunk)
+    wrong = world(ranks).run(compare, base, faults.skipped_chunk)
     assert min(wrong) > 100 * TOLERANCE["float32"], wrong
 
 
@@ -218,7 +212,7 @@ def test_zero3_gives_back_what_it_gathers_on_access(world: GetWorld, policy: str
         assert counted.left == 0
         assert 0 < counted.on_access < 60
     plain = replace(case, encoder="test_resnet")
-    marked, unmarked = (world(2).run(gathers, plain, *how) for how in ((), (equivalence.unmarked_forwards,)))
+    marked, unmarked = (world(2).run(gathers, plain, *how) for how in ((), (faults.unmarked_forwards,)))
     assert marked == unmarked, "other networks gather as before"
     assert marked[0].on_access == 0
 

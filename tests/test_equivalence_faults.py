@@ -4,14 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from support import equivalence
+from support import faults
 from support.compared import TOLERANCE, GetWorld, check
-from support.equivalence import (
-    Case,
-    compare,
-    fail_alone,
-    refused_step,
-)
+from support.equivalence import Case, compare
+from support.faults import fail_alone, refused_step
 from support.grids import full
 from support.worlds import World
 
@@ -31,7 +27,7 @@ def test_a_rank_that_fails_alone_says_so(strategy: str, tmp_path: Path) -> None:
 )
 def test_a_planted_bug_is_caught(world: GetWorld, strategy: str, bug: str) -> None:
     """The comparison fails, by far."""
-    errors = world(2).run(compare, Case(strategy=strategy), getattr(equivalence, bug))
+    errors = world(2).run(compare, Case(strategy=strategy), getattr(faults, bug))
     assert min(errors) > 100 * TOLERANCE["float32"], errors
 
 
@@ -43,21 +39,21 @@ def test_a_trap_of_deepspeed_is_caught(world: GetWorld, strategy: str, bug: str)
     """Its defaults are wrong here, and the comparison says so, where without them it says that all is well."""
     case = Case(strategy=strategy, steepness=10)
     check(world(2), [case])
-    errors = world(2).run(compare, case, getattr(equivalence, bug))
+    errors = world(2).run(compare, case, getattr(faults, bug))
     assert min(errors) > 100 * TOLERANCE["float32"], errors
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero2", "zero3"])
 def test_a_stale_gradient_is_caught(world: GetWorld, strategy: str) -> None:
     """When a phase of the step contributes nothing, and what it gave before may be applied again."""
-    errors = world(2).run(compare, Case(strategy=strategy), equivalence.silent_phase)
+    errors = world(2).run(compare, Case(strategy=strategy), faults.silent_phase)
     assert min(errors) > 100 * TOLERANCE["float32"], errors
 
 
 def test_fsdp_counts_backwards(world: GetWorld) -> None:
     """A phase that contributes nothing would leave its gradients unreduced."""
     with pytest.raises(AssertionError, match="backwards fewer than announced"):
-        world(2).run(compare, Case(strategy="fsdp"), equivalence.silent_phase)
+        world(2).run(compare, Case(strategy="fsdp"), faults.silent_phase)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -195,6 +195,19 @@ def test_predictions_do_not_depend_on_chunks() -> None:
         torch.testing.assert_close(logits, expected)
 
 
+def test_a_prediction_leaves_each_module_in_its_mode() -> None:
+    """An encoder in evaluation mode, whose BatchNorm layers keep their statistics, stays so."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6)).eval()
+    model = engine.SlideModel(encoder, engine.Gathered(TransMil(6, 3)))
+    step = engine.make_step(model, torch.optim.SGD(model.parameters()), cross_entropy, mesh=engine.Mesh(), chunk=3)
+    tiles, label, _ = next(slides())
+    for _ in range(2):
+        step(engine.Bag(tiles, label))
+        step.predict(engine.Bag(tiles))
+        assert not encoder.training and model.aggregator.training and model.training
+
+
 class WithWeights(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         weights = features[:, 0].softmax(dim=0)

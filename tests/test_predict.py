@@ -36,7 +36,7 @@ from slidescale.engine.supervision.classes import CrossEntropy
 from slidescale.engine.training.weights import WEIGHTS, write_weights
 
 from support import equivalence
-from support.equivalence import dropped_merge_term
+from support.faults import dropped_merge_term
 from support.runs import CPU, change_json, make_config, write_run
 from support.slides import damage
 from support.tables import edit_manifest, read_csv

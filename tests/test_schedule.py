@@ -27,18 +27,9 @@ from slidescale.engine.strategies.schedule import GroupSchedule, Schedule, make_
 from slidescale.engine.strategies.strategy import Strategy
 from slidescale.engine.strategies.zero import ZeroStrategy
 
-from support.equivalence import (
-    BAG_SIZES,
-    Case,
-    all_tiles,
-    make_cohort,
-    make_model,
-    make_step,
-    mesh_for,
-    steps,
-    whole,
-)
+from support.equivalence import Case, make_model, make_step, mesh_for, steps, whole
 from support.grids import full, rest_in_full
+from support.memory_slides import BAG_SIZES, all_tiles, make_cohort
 
 # fp32 sums in another order, over five steps (as in test_equivalence).
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}

@@ -18,17 +18,8 @@ from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.strategies import strategy as strategy_module
 from slidescale.engine.training.step import StepResult, _entropy
 
-from support.equivalence import (
-    BAG_SIZES,
-    Case,
-    all_tiles,
-    make_cohort,
-    make_model,
-    make_optimizer,
-    make_step,
-    mesh_for,
-    steps,
-)
+from support.equivalence import Case, make_model, make_optimizer, make_step, mesh_for, steps
+from support.memory_slides import BAG_SIZES, all_tiles, make_cohort
 
 # fp32 sums in another order; in doubles the norms are exact, and weights of the attention are fp32 or better.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}

@@ -13,17 +13,8 @@ from slidescale.engine.strategies.strategy import SingleStrategy
 from slidescale.engine.training.feed import Feed
 from slidescale.engine.training.stopwatch import PHASES, Stopwatch
 
-from support.equivalence import (
-    BAG_SIZES,
-    Case,
-    FixedPlan,
-    MemoryReader,
-    Reading,
-    make_cohort,
-    make_config,
-    make_model,
-    make_step,
-)
+from support.equivalence import Case, FixedPlan, make_config, make_model, make_step
+from support.memory_slides import BAG_SIZES, MemoryReader, Reading, make_cohort
 
 NONE = dict.fromkeys(PHASES, 0.0)
 

@@ -2,10 +2,7 @@
 
 from collections.abc import Callable
 
-from support.equivalence import (
-    Case,
-    compare_all,
-)
+from support.equivalence import Case, compare_all
 from support.worlds import World
 
 GetWorld = Callable[..., World]

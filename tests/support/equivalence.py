@@ -1,21 +1,19 @@
 """The engine's steps beside plain single-process autograd; runs on every rank of a world."""
 
-import os
+import atexit
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import deepspeed
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,11 +22,6 @@ from slidescale.engine import api
 from slidescale.engine.api import SlideStep
 from slidescale.engine.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from slidescale.engine.data.bag import draw_bag, epoch_order
-from slidescale.engine.data.cohort import Cohort
-from slidescale.engine.data.manifest import Manifest, ManifestRow
-from slidescale.engine.data.prefetch import TileRequest
-from slidescale.engine.data.tiling import Tiling
-from slidescale.engine.errors import SlideError, TrainingError
 from slidescale.engine.evaluation.predictions import evaluate
 from slidescale.engine.memory import offload
 from slidescale.engine.models import aggregator as aggregator_module
@@ -41,43 +34,22 @@ from slidescale.engine.models.slide_model import SlideModel
 from slidescale.engine.parallel.mesh import Mesh, make_mesh, pick_device
 from slidescale.engine.parallel.tile_parallel import TileGroup
 from slidescale.engine.seeding import seeded
-from slidescale.engine.strategies import zero as zero_module
 from slidescale.engine.strategies.strategy import SingleStrategy
-from slidescale.engine.strategies.zero import ZeroStrategy
 from slidescale.engine.supervision.classes import CrossEntropy
-from slidescale.engine.training import step
 from slidescale.engine.training.feed import Feed, Step
 from slidescale.engine.training.step import StepResult
 from slidescale.kernels.gated_attention import Attended, Gate, GateDropout
 from slidescale.kernels.gated_attention import reference as attention_reference
 from slidescale.kernels.tile_prep import reference as tile_reference
 
+from support.memory_slides import TILE_PX, MemoryReader, all_tiles, make_cohort
+from support.narrow import create_narrow
+from support.patching import patched
 from support.transmil import TransMil
 
-# Slides' tile counts. With 3 ranks: uneven shares, ranks without a tile (K = 2), one with all (K = 1). More than
-# three steps, because several faults are right at the first step and wrong from the second.
-BAG_SIZES = (7, 5, 1, 2, 11)
-TILE_PX = 32
 LEARNING_RATE = 0.05
-EXCLUDED = Path(tempfile.gettempdir()) / f"excluded-{os.getpid()}.csv"
 FSDP_UNIT_NUMEL = 1_000  # the encoders are tiny, and must fall into several units all the same
 SUB_GROUP_NUMEL = 50_000  # and into several of ZeRO-3's sub-groups
-# Networks that read parameters of modules which they do not call, made as narrow as they get.
-_SMALL_VIT = {"img_size": TILE_PX, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-_SMALL_MAXXVIT = {"stem_width": 8, "embed_dim": (32, 32), "depths": (1, 1)}
-READ_BUT_NOT_CALLED: dict[str, dict[str, Any]] = {
-    "beit_base_patch16_224": _SMALL_VIT,
-    "eva02_tiny_patch14_224": _SMALL_VIT,
-    "swinv2_tiny_window8_256": {
-        "img_size": TILE_PX,
-        "embed_dim": 12,
-        "depths": (1, 1),
-        "num_heads": (2, 2),
-        "window_size": 4,
-    },
-    "test_maxvit": _SMALL_MAXXVIT | {"block_type": ("M", "M")},
-    "test_coatnet": _SMALL_MAXXVIT | {"block_type": ("C", "T")},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,46 +116,18 @@ class MeanReducer(SingleStrategy):
             parameter.grad /= dist.get_world_size()
 
 
-class Reading:
-    """Tiles that are there already, or cannot be read."""
-
-    def __init__(self, tiles: Tensor, *, damaged: bool) -> None:
-        self.tiles = tiles
-        self._damaged = damaged
-
-    def wait(self) -> Tensor:
-        if self._damaged:
-            raise SlideError("damaged")
-        return self.tiles
-
-
-class MemoryReader:
-    """Answers for slides that exist only here; the last rank that shares an unreadable one finds it so."""
-
-    def __init__(self, unreadable: str, group: TileGroup) -> None:
-        self._unreadable = unreadable if group.rank == group.size - 1 else ""
-
-    def ahead(self, requests: Iterable[TileRequest], depth: int) -> Iterator[Reading]:
-        for request in requests:
-            damaged = request.path.name in self._unreadable
-            yield Reading(all_tiles(request.path)[request.coords[:, 0] // 10], damaged=damaged)
-
-    def blank(self, n: int) -> Tensor:
-        return torch.zeros((n, TILE_PX, TILE_PX, 3), dtype=torch.uint8)
-
-
-@cache
-def all_tiles(path: Path) -> Tensor:
-    """uint8 `[K, 32, 32, 3]` of a slide."""
-    index = int(path.name)
-    generator = torch.Generator().manual_seed(index)
-    return torch.randint(0, 256, (BAG_SIZES[index], TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=generator)
-
-
 @cache
 def device() -> torch.device:
     """Of this rank, as its world was started."""
     return pick_device(dist.get_rank()) if dist.is_initialized() else torch.device("cpu")
+
+
+@cache
+def scratch() -> Path:
+    """A folder of this process, which goes with it."""
+    folder = tempfile.TemporaryDirectory(prefix="offload-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def make_config(case: Case) -> Config:
@@ -194,19 +138,6 @@ def make_config(case: Case) -> Config:
         model=ModelConfig(),
         optim=OptimConfig(accumulate=case.accumulate),
     )
-
-
-def make_cohort(mesh: Mesh) -> Cohort:
-    """A slide for each bag size, its tiles scattered over a plane."""
-    rows = [
-        ManifestRow(f"slide-{index}", f"case-{index}", Path(str(index)), (float(index % 2),), "train")
-        for index in range(len(BAG_SIZES))
-    ]
-    cohort = Cohort(Manifest(tuple(rows), ("a", "b")), mesh.world, max_excluded=1, excluded_csv=EXCLUDED)
-    for row, k in zip(rows, BAG_SIZES, strict=True):
-        coords = np.stack([10 * np.arange(k), 10 * (np.arange(k) ** 2 % 5)], axis=1)
-        cohort.tilings[row.slide_id] = Tiling(coords, side_px=10.0)
-    return cohort
 
 
 def make_model(case: Case) -> SlideModel:
@@ -235,11 +166,6 @@ def make_model(case: Case) -> SlideModel:
             transformer_heads=2,
         )
     return SlideModel(encoder, aggregator).to(device(), getattr(torch, case.dtype)).train()
-
-
-def create_narrow(original: Callable, name: str, **options: Any) -> nn.Module:
-    """`timm.create_model`, with the options of `READ_BUT_NOT_CALLED`."""
-    return original(name, **options | READ_BUT_NOT_CALLED.get(name, {}))
 
 
 def make_optimizer(case: Case, model: SlideModel) -> torch.optim.Optimizer:
@@ -358,7 +284,7 @@ def make_step(
         scheduler=scheduler,
         chunk=case.chunk,
         policy=policy,
-        offload_folder=None if policy != "offload" or on_gpu else Path(tempfile.mkdtemp(prefix="offload")),
+        offload_folder=None if policy != "offload" or on_gpu else scratch(),
         unit_numel=FSDP_UNIT_NUMEL,
     )
     if name == "mean":
@@ -462,161 +388,6 @@ def losses_of(_: TileGroup, case: Case) -> list[float]:
     return train(case, make_step(case, model, mesh))
 
 
-@contextmanager
-def patched(owner: Any, name: str, replacement: Callable) -> Iterator[None]:
-    """Replace an attribute for a while; `replacement` takes the original first."""
-    original = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def dropped_merge_term() -> Any:
-    """The last rank's features are left out of the merge (its weights are not: K = 1 would divide by zero)."""
-
-    def merge(original: Callable, group: TileGroup, partial: Any) -> Tensor:
-        return original(group, partial._replace(acc=partial.acc * 0) if group.rank == group.size - 1 else partial)
-
-    return patched(TileGroup, "merge", merge)
-
-
-def skipped_chunk() -> Any:
-    """The encoder never hears of the gradient of each bag's first chunk."""
-
-    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
-        encoded.features.grad[: chunks.size] = 0
-        original(model, chunks, encoded, backward)
-
-    return patched(step, "backpropagate", backpropagate)
-
-
-def other_chunks_in_second_pass() -> Any:
-    """Pass 2 cuts smaller chunks, as many, so that the last tiles are not among them."""
-
-    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
-        original(model, replace(chunks, size=chunks.size - 1), encoded, backward)
-
-    return patched(step, "backpropagate", backpropagate)
-
-
-def silent_phase() -> Any:
-    """From the second step on, the encoder gets no gradient at all, and what it got before may be applied again."""
-    calls = []
-
-    def backpropagate(original: Callable, model: Any, chunks: Any, encoded: Any, backward: Any) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            original(model, chunks, encoded, backward)
-
-    return patched(step, "backpropagate", backpropagate)
-
-
-def reduced_at_each_backward() -> Any:
-    """DeepSpeed reduces gradients as each backward ends, and not once a step."""
-
-    @contextmanager
-    def accumulate(original: Callable, strategy: Any, backwards: int) -> Iterator[None]:
-        yield
-
-    return patched(ZeroStrategy, "accumulate", accumulate)
-
-
-def scaled_by_the_world() -> Any:
-    """Each rank's loss is divided by their number, though the reducer takes the mean already."""
-
-    def cross_entropy(original: Callable, self: CrossEntropy, logits: Tensor, target: Tensor) -> Tensor:
-        return original(self, logits, target) / dist.get_world_size()
-
-    return patched(CrossEntropy, "forward", cross_entropy)
-
-
-def default_clipping() -> Any:
-    """DeepSpeed's `gradient_clipping` is left out, which clips at a norm of 1; the loss is steep enough to show it."""
-
-    def initialize(original: Callable, **settings: Any) -> Any:
-        del settings["config"]["gradient_clipping"]
-        return original(**settings)
-
-    return patched(deepspeed, "initialize", initialize)
-
-
-def refused_step(_: TileGroup, strategy_name: str, what: str) -> tuple[str, float]:
-    """The error of a step whose loss or gradient is not finite, and how far the parameters moved in it."""
-    case = Case(strategy=strategy_name, aggregator="mean")
-    mesh, model = mesh_for(case), make_model(case)
-    made = make_step(case, model, mesh)
-    before = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
-
-    def broken(original: Callable, self: CrossEntropy, logits: Tensor, target: Tensor) -> Tensor:
-        loss = original(self, logits, target)
-        if what == "loss":
-            return loss * torch.nan
-        loss.register_hook(lambda gradient: gradient * torch.inf)
-        return loss
-
-    with patched(CrossEntropy, "forward", broken):
-        try:
-            train(case, made)
-        except TrainingError as error:
-            return str(error), worst_error(before, model)
-    return "no error", worst_error(before, model)
-
-
-@dataclass
-class Gathers:
-    """What ZeRO-3 gathers in an epoch.
-
-    Attributes:
-        by_hooks: parameters that are gathered because a module is called, each time.
-        on_access: parameters that are gathered because one that is not there is read.
-        left: elements that are whole after a pass over the encoder, or after a step; the most at once.
-    """
-
-    by_hooks: int = 0
-    on_access: int = 0
-    left: int = 0
-
-
-def gathers(_: TileGroup, case: Case, mutation: Callable[[], Any] = nullcontext) -> Gathers:
-    """Train an epoch under ZeRO-3 and count."""
-    mesh, model, counted = mesh_for(case), make_model(case), Gathers()
-    with mutation():
-        made = make_step(case, model, mesh)
-
-    def count_hooks(original: Callable, registry: Any, parameter: Any, handle: Any) -> None:
-        counted.by_hooks += 1
-        original(registry, parameter, handle)
-
-    def count_access(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        counted.on_access += 1
-        return original(*args, **kwargs)
-
-    def then_count_left(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        counted.left = max(counted.left, sum(parameter.numel() for parameter in model.parameters()))
-        return result
-
-    with ExitStack() as stack:
-        stack.enter_context(patched(InflightParamRegistry, "__setitem__", count_hooks))
-        for parameter in model.parameters():
-            stack.enter_context(patched(parameter, "all_gather", count_access))
-        for owner, name in ((step, "encode"), (step, "backpropagate"), (made.strategy, "step")):
-            stack.enter_context(patched(owner, name, then_count_left))
-        train(case, made)
-    return counted
-
-
-def unmarked_forwards() -> Any:
-    """ZeRO-3 gathers for modules that are called, and for nothing else."""
-    return patched(zero_module, "_gather_on_access", lambda original, half: None)
-
-
 def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]:
     """Of an untrained model, for each slide: its name, loss, tiles, and the sum of their weights."""
     mesh, model = mesh_for(case), make_model(case)
@@ -627,19 +398,3 @@ def predictions(_: TileGroup, case: Case) -> list[tuple[str, float, int, float]]
     rows = cohort.usable("train")
     found = evaluate(model, rows, cohort, reader, objective, mesh, case.chunk, device())  # type: ignore[arg-type]
     return [(each.row.slide_id, each.loss, each.tiles, float(each.weights.sum())) for each in found.predictions]
-
-
-def fail_alone(group: TileGroup, case: Case, told: Path) -> None:
-    """The last rank's second pass fails; it must get out of the step with its error, and end."""
-
-    def backpropagate(*_: Any) -> None:
-        raise MemoryError("only this rank")
-
-    if group.rank < group.size - 1:
-        compare(group, case)
-        return
-    try:
-        compare(group, case, lambda: patched(step, "backpropagate", backpropagate))
-    except MemoryError as error:
-        told.write_text(str(error))
-        os._exit(3)
